@@ -1,0 +1,1 @@
+"""Learning from reward: the run harness, environments and policies shared by every experiment script."""

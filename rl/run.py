@@ -1,0 +1,303 @@
+"""One harness for every experiment script: working directory, resume, metrics, progress, checkpoints.
+
+    with Run(workdir, config, total_steps=100, save_every=20, unit="env_steps") as run:
+        state = run.restore(state)
+        while run.step < run.total_steps:
+            state, metrics = step(state)
+            run.record(state, metrics, work=4096)
+
+The folder holds `config.json` (the resolved config), `metrics.jsonl` (deterministic values keyed by step),
+`timing.jsonl` (wall clock), `checkpoints/` and `lock`. The same command resumes. On one machine, with the same
+versions and a deterministic `step`, a run killed at any instant and resumed ends with the state and the `metrics.jsonl`
+of the run that was never killed, byte for byte; `timing.jsonl` is outside that guarantee.
+"""
+
+import collections
+import fcntl
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import jax
+import ml_collections
+import numpy as np
+
+from rl import checkpoint, progress
+from rl import config as config_lib
+
+_AHEAD = 2  # steps dispatched but not yet read back: enough to keep the device busy, few enough to bound memory
+
+
+class RunError(RuntimeError):
+    """A working directory or a training step that cannot be continued as asked."""
+
+
+class Run:
+    """A working directory that is being trained in; use as a context manager.
+
+    Attributes:
+      step: number of completed steps, over all resumed sessions.
+      total_steps: the number of steps the run ends at.
+      work: units of work done so far, over all resumed sessions (the sum of `record`'s `work`).
+      workdir: the folder.
+      fallbacks: unusable checkpoints that this session had to pass over.
+    """
+
+    def __init__(
+        self,
+        workdir: str | Path,
+        config: ml_collections.ConfigDict | Mapping[str, Any],
+        *,
+        total_steps: int,
+        save_every: int,
+        unit: str = "env_steps",
+        show: Sequence[str] = ("fitness_mean",),
+        keep: int = 2,
+        tensorboard: bool = False,
+    ) -> None:
+        """Describes the run; nothing is touched before `with`.
+
+        Args:
+          workdir: folder of this run; created if needed.
+          config: the resolved config, compared with the one the folder was started with.
+          total_steps: number of steps, at least 1.
+          save_every: steps between checkpoints, at least 1; the last step is always saved.
+          unit: what `record`'s `work` counts; becomes a cumulative column of `metrics.jsonl`.
+          show: names of metrics on the progress line, in order.
+          keep: number of checkpoints kept.
+          tensorboard: also write event files to `workdir/tensorboard` (extra `tensorboard`).
+
+        Raises:
+          RunError: a number below 1.
+        """
+        for name, value in (("total_steps", total_steps), ("save_every", save_every), ("keep", keep)):
+            if value < 1:
+                raise RunError(f"{name} must be at least 1, not {value}")
+        self.workdir = Path(workdir)
+        self.total_steps, self.step, self.work, self.fallbacks = total_steps, 0, 0, 0
+        self._config = config_lib.resolved(config)
+        self._save_every, self._unit, self._keep = save_every, unit, keep
+        self._tensorboard, self._events = tensorboard, None
+        self._progress = progress.Progress(total_steps, unit, show)
+        self._pending: collections.deque[tuple[int, int | None, Mapping[str, Any]]] = collections.deque()
+        self._restored = self._terminated = False
+        self._seconds_before = 0.0  # training time of earlier sessions
+
+    def __enter__(self) -> Self:
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.workdir)
+        try:
+            _settle_config(self.workdir, self._config)
+            # Appending files are only cut back in `restore`, once it is known to which step.
+            self._metrics = open(self.workdir / "metrics.jsonl", "ab")
+            self._timing = open(self.workdir / "timing.jsonl", "ab")
+        except BaseException:
+            self._lock.close()
+            raise
+        self._started = self._last = time.perf_counter()
+        self._handler = None
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._drain(0)
+        self._progress.close()
+        for file in (self._metrics, self._timing, self._events, self._lock):
+            if file is not None:
+                file.close()
+        if self._handler is not None:
+            signal.signal(signal.SIGTERM, self._handler)
+        if kind is None and self._terminated:
+            raise SystemExit(128 + signal.SIGTERM)
+
+    def restore(self, state: Any) -> Any:
+        """Continues from the newest usable checkpoint, or starts at step 0 with `state`.
+
+        Cuts `metrics.jsonl` and `timing.jsonl` back to that step. Call once, before the first `record`.
+
+        Args:
+          state: the initial state; its structure, shapes and dtypes are what a checkpoint must have.
+
+        Returns:
+          The state to train on; sets `step` and `work`.
+
+        Raises:
+          rl.checkpoint.CheckpointError: the checkpoint belongs to another kind of state.
+          RunError: `metrics.jsonl` is shorter than the checkpoint says.
+        """
+        found = checkpoint.restore(self.workdir / "checkpoints", state)
+        for line in found.skipped:
+            self._progress.say(f"warning: {line}")
+        self.fallbacks = len(found.skipped)
+        self.step, self.work = found.step, found.extra.get("work", 0)
+        self._seconds_before = found.extra.get("seconds", 0.0)
+        _cut(self._metrics, found.extra.get("metrics_bytes", 0), self.step)
+        _cut(self._timing, min(found.extra.get("timing_bytes", 0), self._timing.tell()), self.step)
+        if self._tensorboard:
+            self._events = _event_writer(self.workdir / "tensorboard", self.step)
+        if self.step:
+            self._progress.say(f"resumed {self.workdir} at step {self.step} of {self.total_steps}")
+        self._progress.start(self.step, self.work)
+        self._started = self._last = time.perf_counter()
+        self._restored = True
+        return found.state
+
+    def record(self, state: Any, metrics: Mapping[str, Any], work: int | None = None) -> None:
+        """Counts one step: appends its metrics, shows progress, saves when due.
+
+        Metrics are read back up to two steps later, so the device is not kept waiting; a checkpoint reads all of them.
+
+        Args:
+          state: the state after the step; saved if a checkpoint is due.
+          metrics: deterministic scalars (jax, NumPy or Python numbers) by name. `finite_members == 0` ends the run.
+          work: units done in this step (such as environment steps), a Python int.
+
+        Raises:
+          RunError: no member of the population had a finite fitness; the checkpoints on disk stay as they are.
+          ValueError: a metric is not a scalar, or is called `step` or like the unit.
+          SystemExit: status 143, after saving, if SIGTERM came.
+        """
+        if not self._restored:
+            raise RunError("call run.restore(state) before the first run.record(...)")
+        taken = {"step", self._unit} & metrics.keys()
+        if taken:
+            raise ValueError(f"metric names step and {self._unit} are taken; rename {sorted(taken)}")
+        self.step += 1
+        if work is not None:
+            self.work += int(work)
+        self._pending.append((self.step, None if work is None else self.work, dict(metrics)))
+        terminated = self._terminated
+        if terminated or self.step % self._save_every == 0 or self.step >= self.total_steps:
+            self._save(state)
+        else:
+            self._drain(_AHEAD)
+        if terminated:
+            self._progress.say(f"SIGTERM: saved step {self.step}; the same command resumes")
+            raise SystemExit(128 + signal.SIGTERM)
+
+    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+        self._terminated = True
+
+    def _save(self, state: Any) -> None:
+        self._drain(0)
+        for file in (self._metrics, self._timing):
+            file.flush()
+            os.fsync(file.fileno())
+        extra = {
+            "work": self.work,
+            "metrics_bytes": self._metrics.tell(),
+            "timing_bytes": self._timing.tell(),
+            "seconds": self._seconds_before + time.perf_counter() - self._started,
+        }
+        checkpoint.save(self.workdir / "checkpoints", self.step, state, extra, self._keep)
+
+    def _drain(self, leave: int) -> None:
+        """Reads back and writes the oldest pending rows until `leave` are left."""
+        while len(self._pending) > leave:
+            step, work, metrics = self._pending.popleft()
+            values = {name: _scalar(name, value) for name, value in jax.device_get(metrics).items()}
+            now = time.perf_counter()
+            row = {"step": step} | ({} if work is None else {self._unit: work}) | values
+            self._metrics.write(_line(row))
+            self._metrics.flush()
+            seconds = self._seconds_before + now - self._started
+            timing = {"step": step, "seconds": seconds, "steps_per_second": 1.0 / max(now - self._last, 1e-9)}
+            if self.fallbacks:
+                timing["checkpoint_fallbacks"] = self.fallbacks
+            self._timing.write(_line(timing))
+            self._timing.flush()
+            self._last = now
+            if self._events is not None:
+                for name, value in values.items():
+                    self._events.add_scalar(name, value, step)
+            self._progress.update(row)
+            if values.get("finite_members", 1) == 0:
+                raise RunError(
+                    f"step {step}: none of the members has a finite fitness, so there is nothing to learn from "
+                    f"(finite_members = 0, at least 1 needed). Checkpoints up to the last save are untouched in "
+                    f"{self.workdir}; check the reward for NaN or overflow, or lower sigma or the learning rate"
+                )
+
+
+def _scalar(name: str, value: Any) -> bool | int | float:
+    """A Python number with exactly the value of the array: f32 widens to f64 without rounding."""
+    array = np.asarray(value)
+    if array.ndim or array.dtype == object:
+        raise ValueError(f"metrics are scalars, but {name} has shape {array.shape}, dtype {array.dtype}: reduce it")
+    if array.dtype == bool or np.issubdtype(array.dtype, np.integer):
+        return array.item()
+    return float(array)
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    """One JSON line; JSON has no NaN or infinity, so these become the strings nan, inf and -inf."""
+    plain = {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+    return (json.dumps(plain, allow_nan=False) + "\n").encode()
+
+
+def _lock(workdir: Path) -> Any:
+    """Takes the folder's lock; the kernel frees it when the process ends, however it ends."""
+    file = open(workdir / "lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        file.close()
+        raise RunError(
+            f"one process at a time may train in a working directory, but {workdir} is in use by process {holder}: "
+            "wait for it, stop it, or use another --workdir"
+        ) from error
+    file.seek(0)
+    file.truncate()
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+def _settle_config(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Writes `config.json` in a new folder, compares it in an old one."""
+    path = workdir / "config.json"
+    if path.exists():
+        config_lib.check_same(json.loads(path.read_text()), config, str(workdir))
+        return
+    foreign = [name for name in ("metrics.jsonl", "checkpoints") if (workdir / name).exists()]
+    if foreign:
+        raise RunError(
+            f"{workdir} has {' and '.join(foreign)} but no config.json: restore it, or use another --workdir"
+        )
+    temporary = path.with_suffix(".writing")
+    with open(temporary, "w") as file:
+        file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _cut(file: Any, size: int, step: int) -> None:
+    if file.tell() < size:
+        raise RunError(
+            f"the checkpoint of step {step} needs {size} bytes of {file.name}, which has {file.tell()}: "
+            "put the file back, or use another --workdir"
+        )
+    file.truncate(size)
+    file.seek(size)
+
+
+def _event_writer(folder: Path, step: int) -> Any:
+    try:
+        import tensorboardX
+    except ImportError as error:
+        raise RunError("TensorBoard files need tensorboardX: pip install 'eggroll-jax[tensorboard]'") from error
+    return tensorboardX.SummaryWriter(str(folder), purge_step=step + 1)
