@@ -1,0 +1,34 @@
+# Everything runs in an environment of its own; nothing but a Python (3.11 to 3.13) is needed.
+PYTHON ?= python3
+VENV ?= .venv
+WORKDIR ?= runs/quickstart
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test fast lint clean
+
+quickstart: $(VENV)/.installed-quickstart  ## learn CartPole-v1 from nothing, then draw the run
+	$(BIN)/python -m experiments.control --config=configs/control_cartpole.py --workdir=$(WORKDIR)
+	$(BIN)/python -m experiments.plot $(WORKDIR)
+
+test: $(VENV)/.installed-dev  ## the whole suite
+	$(BIN)/python -m pytest -n 2 --import-mode=importlib $(ARGS)
+
+fast: $(VENV)/.installed-dev  ## the suite without the tests marked slow
+	$(BIN)/python -m pytest -n 2 --import-mode=importlib -m "not slow" $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp younger than the two files below says that the environment fits them.
+$(VENV)/.installed-quickstart: EXTRAS = control,plot
+$(VENV)/.installed-dev: EXTRAS = dev
+$(VENV)/.installed-%: setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[$(EXTRAS)]'
+	touch $@

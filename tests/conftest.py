@@ -1,0 +1,13 @@
+"""Settings every test needs before jax is imported; subprocesses inherit them."""
+
+import os
+from pathlib import Path
+
+_DEVICES = "--xla_force_host_platform_device_count=8"
+_CACHE = Path(__file__).parents[1] / ".pytest_cache" / "jax"
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
