@@ -136,10 +136,10 @@ def _to_numpy(name: str, leaf: Any) -> np.ndarray:
 def _describe(value: np.ndarray, leaf: Any) -> dict[str, Any]:
     row: dict[str, Any] = {"shape": list(value.shape), "dtype": value.dtype.name, "crc32": _checksum(value)}
     if _is_key(leaf):
-        row["key"] = str(jax.random.key_impl(leaf))
-    elif isinstance(leaf, jax.Array) and leaf.weak_type:
-        row["weak"] = True
-    return row
+        return row | {"kind": "key", "key": str(jax.random.key_impl(leaf))}
+    if isinstance(leaf, jax.Array):
+        return row | {"kind": "weak" if leaf.weak_type else "jax"}
+    return row | {"kind": "numpy" if isinstance(leaf, (np.ndarray, np.generic)) else "number"}
 
 
 def _checksum(value: np.ndarray) -> int:
@@ -170,7 +170,7 @@ def _fill(target: Any, leaves: Mapping[str, Any], values: Mapping[str, np.ndarra
             continue
         row, expected = leaves[name], _describe(_to_numpy(name, leaf), leaf)
         for field in ("shape", "dtype", "key"):
-            if row.get(field) != expected.get(field):
+            if row.get(field) != expected.get(field) and not (field == "dtype" and _same_number(row, expected)):
                 problems.append(f"  {name}: {field} {row.get(field)} in the checkpoint, {expected.get(field)} here")
     if problems:
         raise CheckpointError(
@@ -182,19 +182,24 @@ def _fill(target: Any, leaves: Mapping[str, Any], values: Mapping[str, np.ndarra
     return jax.tree.unflatten(jax.tree.structure(target), filled)
 
 
+def _same_number(row: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
+    """Whether both are of one kind and one has no dtype of its own: a Python number is weakly typed after a jit."""
+    loose = {"weak", "number"} & {row["kind"], expected["kind"]}
+    return bool(loose) and jnp.dtype(row["dtype"]).kind == jnp.dtype(expected["dtype"]).kind
+
+
 def _from_numpy(value: np.ndarray, row: Mapping[str, Any], leaf: Any) -> Any:
-    if isinstance(leaf, jax.Array):
-        if "key" in row:
-            array = jax.random.wrap_key_data(jnp.array(value), impl=row["key"])
-        elif "weak" in row:
-            array = jnp.asarray(value.item())
-        else:
-            array = jnp.array(value)  # a copy: the state may be donated
-        # A committed copy of an uncommitted leaf would pin later computations to one device.
-        return jax.device_put(array, leaf.sharding) if leaf.committed else array
-    if isinstance(leaf, np.ndarray):
-        return value
-    return value[()] if isinstance(leaf, np.generic) else type(leaf)(value.item())
+    """The leaf as it was saved; `leaf`, its counterpart in the target, says on which devices."""
+    if row["kind"] == "number":
+        return value.item()
+    if row["kind"] == "numpy":
+        return value if value.ndim else value[()]
+    # A Python number stays weakly typed; an array is copied, because the state may be donated.
+    array = jnp.asarray(value.item()) if row["kind"] == "weak" else jnp.array(value)
+    if row["kind"] == "key":
+        array = jax.random.wrap_key_data(array, impl=row["key"])
+    # A committed copy of an uncommitted leaf would pin later computations to one device.
+    return jax.device_put(array, leaf.sharding) if isinstance(leaf, jax.Array) and leaf.committed else array
 
 
 def _steps(directory: Path) -> list[Path]:
