@@ -52,7 +52,7 @@ def zscore(scores: jax.Array, population: "Population") -> tuple[jax.Array, Metr
     Raises:
       ValueError: scores without one row per member, or of a type below float32.
 
-    Source: HyperscaleES with group_size = 0 (E = 1), and its multi-GPU script (E > 1: summed over prompts, then z-scored).
+    Source: HyperscaleES with group_size = 0, and for E > 1 its multi-GPU script (summed over prompts, then z-scored).
     """
     scores = _check("zscore", scores, population)
     columns = _within("zscore", scores.shape, None)
@@ -106,7 +106,8 @@ def per_group(*, std: str | None = "global") -> Shaper:
             centred_unit, scale = _centre(filled, jnp.max(filled - within(jnp.min, filled)), within)
             shaped = centred_unit * scale
             if std == "global":
-                shaped = centred_unit * _scale_over_deviation(filled, scale)
+                usable = within(jnp.max, _finite(scores).astype(scores.dtype)) > 0
+                shaped = centred_unit * _scale_over_deviation(filled, scale, usable)
         return jnp.mean(shaped, axis=1), _metrics(scores, _dead(filled, within))
 
     return shaper
@@ -157,8 +158,8 @@ def pair_sign(scores: jax.Array, population: "Population") -> tuple[jax.Array, M
     """
     if population.signs != 2:
         raise ValueError(
-            f"pair_sign compares the two members of an antithetic pair, but this population has signs={population.signs}; "
-            "use eggroll.antithetic(n) or another population with signs=2, or shape with centred_rank"
+            "pair_sign compares the two members of an antithetic pair, but this population has "
+            f"signs={population.signs}; use one with signs=2, e.g. eggroll.antithetic(n), or shape with centred_rank"
         )
     scores = _check("pair_sign", scores, population)
     plus, minus = _member_score(scores).reshape(-1, 2).T
@@ -181,8 +182,8 @@ def baseline(scores: jax.Array, population: "Population", *, baseline: jax.Array
     Raises:
       ValueError: a baseline of the wrong shape, or as `zscore`.
 
-    Source: HyperscaleES EggRollBS, whose unperturbed members 0 and 1 are here an evaluation of their own. Combine it with
-    ``optax.clip_by_global_norm(1.0)`` as that code does.
+    Source: HyperscaleES EggRollBS, whose unperturbed members 0 and 1 are here an evaluation of their own. Combine it
+    with ``optax.clip_by_global_norm(1.0)`` as that code does.
     """
     scores = _check("baseline", scores, population)
     baseline = jnp.atleast_1d(jnp.asarray(baseline, scores.dtype))
@@ -199,19 +200,6 @@ def baseline(scores: jax.Array, population: "Population", *, baseline: jax.Array
     deviation = spread * jnp.sqrt(columns(jnp.sum, unit**2) / scores.shape[0])
     advantage = jnp.where(alive, filled - jnp.where(alive, baseline, 0), 0) / (deviation + _BASELINE_EPSILON)
     return jnp.mean(advantage, axis=1), _metrics(scores, jnp.sum(~alive[0]))
-
-
-def require_finite(metrics: Metrics) -> None:
-    """Stops a run in which no member had a finite score; call it on the host, before the new state is kept.
-
-    Raises:
-      FloatingPointError: ``metrics["finite_members"]`` is 0.
-    """
-    if int(metrics["finite_members"]) == 0:
-        raise FloatingPointError(
-            "no member of the population has a finite fitness, so this generation holds no information; "
-            "evaluate the score at the unperturbed parameters, then lower sigma or the learning rate"
-        )
 
 
 def _check(name: str, scores: jax.Array, population: "Population") -> jax.Array:
@@ -289,7 +277,7 @@ def _nonzero(x: jax.Array) -> jax.Array:
 
 
 def _centre(filled: jax.Array, spread: jax.Array, within: Within) -> tuple[jax.Array, jax.Array]:
-    """(centred / scale, scale) with scale = spread or 1. Exactly 0 without spread; squares of the first cannot overflow."""
+    """(centred / scale, scale), scale = spread or 1: exactly 0 without spread, and squares cannot overflow."""
     scale = _nonzero(spread)
     unit = (filled - within(jnp.min, filled)) / scale
     return unit - within(jnp.sum, unit) / within(jnp.sum, jnp.ones_like(unit)), scale
@@ -301,10 +289,14 @@ def _standardise(filled: jax.Array, within: Within) -> jax.Array:
     return unit / jnp.sqrt(variance + _VARIANCE_EPSILON / scale**2)
 
 
-def _scale_over_deviation(filled: jax.Array, scale: jax.Array) -> jax.Array:
-    """scale / sqrt(variance of everything + epsilon), without squaring large numbers."""
-    everything = _nonzero(jnp.max(filled) - jnp.min(filled))
-    variance = jnp.var((filled - jnp.min(filled)) / everything)
+def _scale_over_deviation(filled: jax.Array, scale: jax.Array, usable: jax.Array) -> jax.Array:
+    """scale / sqrt(variance of all usable entries + epsilon), large numbers unsquared; finite if nothing is usable."""
+    lowest = jnp.min(filled, where=usable, initial=_LARGEST)
+    everything = _nonzero(jnp.max(filled, where=usable, initial=-_LARGEST) - lowest)
+    count = jnp.maximum(jnp.sum(usable), 1)
+    unit = (filled - lowest) / everything
+    centred_unit = jnp.where(usable, unit - jnp.sum(unit, where=usable) / count, 0)
+    variance = jnp.sum(centred_unit**2) / count
     return (scale / everything) / jnp.sqrt(variance + _VARIANCE_EPSILON / everything**2)
 
 

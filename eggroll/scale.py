@@ -1,8 +1,8 @@
 """Step sizes: exact conversions between published scale conventions, anchored weight decay, the cosine law.
 
 The convention of this package is the textbook estimate g = (1 / (N sigma)) sum_n f_n E_n of the gradient of
-E f(theta + sigma E); optax receives -g, so ``optax.sgd(eta)`` adds eta * g. Schedules of the learning rate and of sigma
-are optax schedules (``optax.linear_schedule``, ``optax.exponential_decay``): a multiplicative decay of 0.999 per update is
+E f(theta + sigma E); optax receives -g, so ``optax.sgd(eta)`` adds eta * g. Schedules of the learning rate and of
+sigma are optax schedules: ``optax.linear_schedule``, or for a multiplicative decay of 0.999 per update
 ``optax.exponential_decay(init, transition_steps=1, decay_rate=0.999)``.
 """
 
@@ -68,8 +68,8 @@ class AnchoredWeightDecayState(NamedTuple):
 def anchored_weight_decay(rate: float | jax.Array) -> optax.GradientTransformation:
     """Decoupled weight decay toward the initial parameters: update <- update + rate * (theta - theta_0).
 
-    ``optax.add_decayed_weights`` pulls toward zero; this one toward the parameters given to ``init``, which it keeps (one
-    more copy of the model) in its state, so a resumed run pulls toward the same point. Chain it behind the
+    ``optax.add_decayed_weights`` pulls toward zero; this one toward the parameters given to ``init``, which it keeps
+    (one more copy of the model) in its state, so a resumed run pulls toward the same point. Chain it behind the
     preconditioner and before the learning rate, e.g.
     ``optax.chain(optax.scale_by_adam(), anchored_weight_decay(0.1), optax.scale_by_learning_rate(1e-3))``.
     Restrict it to some leaves with ``optax.masked``.
@@ -110,9 +110,10 @@ def predicted_cosine(
         cos = (second moment of the estimate / |gradient|^2) ** -1/2
 
     Without ``shapes`` this is the law cos^2 = 1 / (1 + d / D) with D = G P Q the number of distinct directions: N for
-    independent members, N/2 for antithetic ones. With ``shapes`` the low-rank matrices get their exact (Gaussian factor)
-    second moment, gradients of equal root mean square in all leaves assumed; for one block of a crossed population
-    at rank 1 that is (1 + (m + 1)/P)(1 + (n + 1)/Q) for its own leaf and m n / (P Q) for the others'.
+    independent members, N/2 for antithetic ones. With ``shapes`` the low-rank matrices get their exact second moment
+    (for Gaussian factors, and gradients of equal root mean square in all leaves); for one block of a crossed
+    population at rank 1 that is (1 + (m + 1)/P)(1 + (n + 1)/Q) for the leaf's own gradient and m n / (P Q) for the
+    others'.
 
     Args:
       population: the population (G blocks of P rows x Q columns, with one or two signs).
