@@ -140,7 +140,7 @@ def test_cosine_of_one_matrix_is_the_cards_second_moment():
 
 
 def test_cosine_with_several_leaves_against_simulation():
-    """Linear objective on two matrices and a bias, gradients of equal size, full NumPy simulation of the crossed design."""
+    """Linear objective on two matrices and a bias, gradients of equal size, simulated in NumPy."""
     rng = np.random.default_rng(1)
     shapes, rows, columns, rank, blocks = [(6, 10), (4, 6)], 8, 8, 2, 2
     dimensions = 6 * 10 + 4 * 6 + 30
@@ -162,7 +162,7 @@ def test_cosine_with_several_leaves_against_simulation():
 
 
 def test_bad_cosine_arguments_are_refused():
-    with pytest.raises(ValueError, match="got 10, the listed matrices alone hold 12"):
+    with pytest.raises(ValueError, match="got 10, matrices alone hold 12"):
         scale.predicted_cosine(eggroll.independent(4), 10, shapes=[(3, 4)])
     with pytest.raises(ValueError, match=r"rank 4, matrix \(3, 4\)"):
         scale.predicted_cosine(eggroll.independent(4), 12, shapes=[(3, 4)], rank=4)
