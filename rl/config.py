@@ -133,11 +133,11 @@ def _show(flat: Mapping[str, Any], key: str) -> str:
 
 
 def _parse_flags(argv: list[str]) -> Arguments:
-    for argument in argv[1:]:
-        if argument.startswith(("--config=", "-config=")):
-            path = argument.split("=", 1)[1].split(":", 1)[0]
-            if not Path(path).is_file():
-                raise ConfigError(f"--config must name a config file, but {path} does not exist in {Path.cwd()}")
+    for argument, following in zip(argv[1:], [*argv[2:], ""], strict=False):
+        name, equals, value = argument.partition("=")
+        path = (value if equals else following).partition(":")[0]
+        if name in ("--config", "-config") and not Path(path).is_file():
+            raise ConfigError(f"--config must name a config file, but {path!r} does not exist in {Path.cwd()}")
     base = _read(_without_overrides(argv), argv[:1])
     if base.config is None:
         raise ConfigError("--config is missing: give a config file, such as --config=configs/control_cartpole.py")
@@ -173,8 +173,8 @@ def _read(arguments: list[str], program: list[str]) -> Arguments:
         rest = values(argv)
     except flags.Error as error:
         raise ConfigError(f"{error}\n{_usage(program)}") from error
-    except (OSError, TypeError, ValueError) as error:
-        raise ConfigError(str(error)) from error
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"the config could not be loaded: {type(error).__name__}: {error}") from error
     if len(rest) > 1:
         raise ConfigError(
             f"unexpected argument {rest[1]!r}: overrides are written --config.key=value\n{_usage(program)}"

@@ -122,8 +122,6 @@ def _to_numpy(name: str, leaf: Any) -> np.ndarray:
     if _is_key(leaf):
         return np.asarray(jax.random.key_data(leaf))
     if isinstance(leaf, jax.Array):
-        if leaf.weak_type and leaf.ndim:
-            raise CheckpointError(f"state{name} is a weakly typed array: give it a dtype where it is created")
         return np.asarray(leaf)
     if isinstance(leaf, (np.ndarray, np.generic, bool, int, float)) and np.asarray(leaf).dtype != object:
         return np.asarray(leaf)
@@ -194,8 +192,9 @@ def _from_numpy(value: np.ndarray, row: Mapping[str, Any], leaf: Any) -> Any:
         return value.item()
     if row["kind"] == "numpy":
         return value if value.ndim else value[()]
-    # A Python number stays weakly typed; an array is copied, because the state may be donated.
-    array = jnp.asarray(value.item()) if row["kind"] == "weak" else jnp.array(value)
+    array = jnp.array(value)  # a copy: the state may be donated
+    if row["kind"] == "weak":
+        array = jnp.broadcast_to(jnp.asarray(value.dtype.type(0).item()), value.shape).at[...].set(array)
     if row["kind"] == "key":
         array = jax.random.wrap_key_data(array, impl=row["key"])
     # A committed copy of an uncommitted leaf would pin later computations to one device.

@@ -1,0 +1,185 @@
+"""Draws runs: `python -m experiments.plot RUN [RUN...] [--x=step|<unit>|seconds] [--y=name] [--out=file.png]`.
+
+Reads `config.json`, `metrics.jsonl` and `timing.jsonl` of finished or running jobs. Runs whose configs differ in `seed`
+alone are one curve: the mean, with a band from the smallest to the largest. Several curves share the axes; the legend
+says what distinguishes their configs. A line a running job has not finished writing is left out.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rl import config as config_lib
+
+_PREFERRED = ("eval_return", "return_mean", "fitness_mean")  # the first that a run has is drawn
+
+
+class PlotError(ValueError):
+    """Runs that cannot be drawn as asked."""
+
+
+class RunData(NamedTuple):
+    """One working directory, read."""
+
+    path: Path
+    config: dict[str, Any]  # flat: dotted key to value
+    columns: dict[str, dict[int, float]]  # name to {step: value}; metrics and timing together
+
+
+class Curve(NamedTuple):
+    """Runs that differ in the seed alone, on a common x."""
+
+    label: str
+    x: np.ndarray  # [points]
+    mean: np.ndarray  # [points]
+    low: np.ndarray  # [points] smallest over runs
+    high: np.ndarray  # [points] largest over runs
+    runs: int
+
+
+def read_run(path: str | Path) -> RunData:
+    """Reads a working directory.
+
+    Raises:
+      PlotError: it has no `config.json` or no complete row of metrics.
+    """
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise PlotError(f"a run is a folder with config.json, but {path} has none: give the --workdir of a job")
+    config = config_lib.flatten(json.loads((path / "config.json").read_text()))
+    columns: dict[str, dict[int, float]] = {}
+    for name in ("metrics.jsonl", "timing.jsonl"):
+        for row in _read_rows(path / name):
+            for key, value in row.items():
+                columns.setdefault(key, {})[row["step"]] = float(value)
+    if not columns:
+        raise PlotError(f"{path} has no complete row of metrics yet: wait for its first step")
+    return RunData(path, config, columns)
+
+
+def group_runs(runs: Sequence[RunData]) -> list[list[RunData]]:
+    """Groups runs whose configs agree in everything but `seed`, in order of first appearance."""
+    groups: dict[str, list[RunData]] = {}
+    for run in runs:
+        key = json.dumps({k: v for k, v in run.config.items() if k != "seed"}, sort_keys=True)
+        groups.setdefault(key, []).append(run)
+    return list(groups.values())
+
+
+def labels(groups: Sequence[Sequence[RunData]]) -> list[str]:
+    """One label per group: the config keys in which the groups differ, or the folder's name for a single group."""
+    configs = [group[0].config for group in groups]
+    keys = sorted({key for config in configs for key in config} - {"seed"})
+    differing = [key for key in keys if len({json.dumps(config.get(key)) for config in configs}) > 1]
+    if not differing:
+        return [group[0].path.name for group in groups]
+    return [", ".join(f"{key.split('.')[-1]}={c[key]}" for key in differing if key in c) for c in configs]
+
+
+def make_curve(group: Sequence[RunData], label: str, x: str, y: str) -> Curve:
+    """Mean, minimum and maximum over runs at the steps that all of them have reached.
+
+    Args:
+      group: runs that differ in the seed alone.
+      label: text for the legend.
+      x: `step`, or a column such as `env_steps` or `seconds` (averaged over the runs).
+      y: a metric; rows without it are left out.
+
+    Returns:
+      A `Curve` sorted by step. Non-finite values are kept: they leave gaps.
+
+    Raises:
+      PlotError: a run has no such column, or the runs share no step.
+    """
+    for run in group:
+        for name in (x, y):
+            if name not in run.columns:
+                raise PlotError(f"{run.path} has no column {name!r}; it has: {', '.join(sorted(run.columns))}")
+    steps = sorted(set.intersection(*({*run.columns[x]} & {*run.columns[y]} for run in group)))
+    if not steps:
+        raise PlotError(f"the runs of {label} share no step with {y!r}: wait until each of them has one")
+    x_rp, y_rp = (np.array([[run.columns[name][step] for step in steps] for run in group]) for name in (x, y))
+    return Curve(label, x_rp.mean(0), y_rp.mean(0), y_rp.min(0), y_rp.max(0), len(group))
+
+
+def default_metric(runs: Sequence[RunData]) -> str:
+    """The metric drawn without `--y`: the first preferred one that every run has, else the first common metric."""
+    common = set.intersection(*({*run.columns} for run in runs))
+    for name in _PREFERRED:
+        if name in common:
+            return name
+    rest = sorted(common - {"step", "seconds", "steps_per_second", "checkpoint_fallbacks"})
+    if not rest:
+        raise PlotError("the runs have no metric in common: plot them one by one")
+    return rest[0]
+
+
+def draw(curves: Sequence[Curve], x: str, y: str, out: str | Path) -> None:
+    """Writes a PNG with every curve and its band."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for curve in curves:
+        label = f"{curve.label} ({curve.runs} seeds)" if curve.runs > 1 else curve.label
+        (line,) = axes.plot(curve.x, curve.mean, label=label, linewidth=1.5)
+        if curve.runs > 1:
+            axes.fill_between(curve.x, curve.low, curve.high, color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.set_xlabel({"seconds": "wall-clock seconds"}.get(x, x.replace("_", " ")))
+    axes.set_ylabel(y.replace("_", " "))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=150)
+    pyplot.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="experiments.plot", description="Draws finished or running jobs as a PNG.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a job's --workdir")
+    parser.add_argument("--x", default="step", help="step, seconds, or a unit of work such as env_steps")
+    parser.add_argument("--y", default=None, help="the metric; by default the first usual one")
+    parser.add_argument("--out", default=None, help="the PNG; by default plot.png in the first RUN")
+    arguments = parser.parse_args(argv)
+    try:
+        runs = [read_run(path) for path in arguments.runs]
+        y = arguments.y or default_metric(runs)
+        groups = group_runs(runs)
+        curves = [make_curve(g, label, arguments.x, y) for g, label in zip(groups, labels(groups), strict=True)]
+    except PlotError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    out = Path(arguments.out) if arguments.out else runs[0].path / "plot.png"
+    draw(curves, arguments.x, y, out)
+    for curve in curves:
+        print(f"{curve.label}: {y} {curve.mean[-1]:.6g} at {arguments.x} {curve.x[-1]:.6g}, runs {curve.runs}")
+    print(out)
+    return 0
+
+
+def _read_rows(path: Path) -> list[Mapping[str, Any]]:
+    """The complete rows of a file that may still be written to."""
+    if not path.is_file():
+        return []
+    complete = path.read_bytes().rpartition(b"\n")[0]
+    rows = []
+    for number, line in enumerate(complete.splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise PlotError(
+                f"{path} line {number} is not JSON ({error}): the file was changed by something else"
+            ) from error
+    return rows
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
