@@ -1,0 +1,5 @@
+"""Counter-based noise: a pure function of (key, stream, element), the same bits on every device."""
+
+from kernels.noise_bits.api import gaussian, rademacher, signs, words
+
+__all__ = ["gaussian", "rademacher", "signs", "words"]
