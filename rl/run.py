@@ -177,12 +177,12 @@ class Run:
         if work is not None:
             self.work += int(work)
         self._pending.append((self.step, None if work is None else self.work, dict(metrics)))
-        terminated = self._terminated
-        if terminated or self.step % self._save_every == 0 or self.step >= self.total_steps:
+        saved = self._terminated or self.step % self._save_every == 0 or self.step >= self.total_steps
+        if saved:
             self._save(state)
         else:
             self._drain(_AHEAD)
-        if terminated:
+        if saved and self._terminated:
             self._progress.say(f"SIGTERM: saved step {self.step}; the same command resumes")
             raise SystemExit(128 + signal.SIGTERM)
 

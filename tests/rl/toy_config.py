@@ -8,7 +8,7 @@ def get_config(variant: str = "quick") -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
             "seed": 3,
-            "steps": 60,
+            "steps": 100,
             "save_every": 4,
             "learning_rate": 0.05,
             "pause": pauses[variant],
