@@ -1,0 +1,1 @@
+"""Learning to control: policies acting in environments, by evolution or by PPO."""
