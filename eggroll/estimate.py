@@ -1,0 +1,126 @@
+"""Shaped fitness -> gradient-shaped pytree, without ever forming a perturbation.
+
+The one scale convention of this package is the textbook's: with N members and fitness to be maximised,
+g = (1/(N sigma)) sum_n f_n E_n estimates the gradient of E[f(W + sigma E)]. `Estimate.gradient` is -g, what a descent
+optimizer expects. `eggroll.scale` converts learning rates to and from the other conventions in use.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from eggroll import noise
+from eggroll.noise import Leaf
+from eggroll.population import Population
+from kernels import es_update
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("gradient", "step_scale", "metrics"), meta_fields=()
+)
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What backprop and evolution both hand to the optimizer.
+
+    Attributes:
+        gradient: pytree of the parameters' shapes, in descent sign, f32 or wider.
+        step_scale: f32 scalar that multiplies the optimizer's step (1 unless the estimator asks for less).
+        metrics: name -> (sum, denominator), so that parts measured on several batches or devices add up exactly.
+    """
+
+    gradient: Any
+    step_scale: Array
+    metrics: dict[str, tuple[Array, Array]]
+
+
+def direction_weights(fitness: Array, population: Population) -> Array:
+    """Weight of each direction in the estimate: [N] -> [G, P, Q].
+
+    The two members of a pair share a direction with opposite signs, so its weight is f+ - f-. Inside a crossed block only the
+    interaction of rows and columns correlates with a_i b_j^T, so row and column means are removed.
+    """
+    grid = population.grid(fitness)
+    weights = grid[..., 0] - grid[..., 1] if population.signs == 2 else grid[..., 0]
+    if population.rows > 1 and population.columns > 1:
+        weights = weights - weights.mean(axis=1, keepdims=True)
+        weights = weights - weights.mean(axis=2, keepdims=True)
+    return weights
+
+
+def leaf_sum(leaf: Leaf, weights: Array, key: Sequence[Array], rows: Array, columns: Array, rank: int, kind: str) -> Array:
+    """sum_gij weights_gij E_gij for one leaf (without 1/sqrt(r)), in the leaf's shape, f32 or wider.
+
+    Args:
+        weights: [G, P, Q].
+        rows, columns: factor identities, [G, P] and [G, Q].
+    """
+    dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+    draw = lambda ids, role: noise.draw(leaf, key, ids, role, rank, kind).astype(dtype)
+    weights = weights.astype(dtype)
+    if leaf.low_rank:
+        return noise.fold(leaf, es_update.update(weights, draw(rows, noise.LEFT), draw(columns, noise.RIGHT)))
+    row = draw(rows, noise.ROW)
+    if columns.shape[1] == 1:
+        return jnp.tensordot(weights[..., 0], row, axes=2)
+    mixed = jnp.einsum("gpq,gq...->gp...", weights, draw(columns, noise.COLUMN))
+    return jnp.sum(row * mixed, axis=(0, 1))
+
+
+def gradients(
+    plan: Sequence[Leaf],
+    population: Population,
+    fitness: Array,
+    key: Sequence[Array],
+    sigma: Array,
+    *,
+    rank: int,
+    kind: str,
+    chunk: int | None = None,
+    place: Callable[[Array], Array] = lambda ids: ids,
+) -> list[Array | None]:
+    """The textbook estimate of every leaf, in ascent sign.
+
+    Args:
+        plan: the leaves, in flattening order.
+        fitness: [N] shaped fitness.
+        key: (seed word, seed word, generation word).
+        sigma: noise standard deviation.
+        chunk: at most this many members' factors at once, in whole blocks; partial sums are accumulated in f32 (or wider).
+        place: puts factor identities [G, P or Q] on devices.
+
+    Returns:
+        One array per leaf in the leaf's shape, None for frozen leaves.
+    """
+    weights = direction_weights(fitness, population)
+    row_ids, column_ids = population.row_ids(), population.column_ids()
+    active = [leaf for leaf in plan if leaf.form != "frozen"]
+
+    def block_sum(block):
+        w, rows, columns = block
+        return [leaf_sum(leaf, w, key, place(rows), columns, rank, kind) for leaf in active]
+
+    per_block = population.size // population.blocks
+    step = population.blocks if chunk is None else max(1, min(chunk // per_block, population.blocks))
+    sums = _summed(block_sum, (weights, row_ids, column_ids), step)
+    totals = iter(sums)
+    scale = 1 / (population.size * sigma)
+    normal = {True: scale / jnp.sqrt(jnp.float32(rank)), False: scale}
+    return [None if leaf.form == "frozen" else next(totals) * normal[leaf.low_rank] for leaf in plan]
+
+
+def _summed(fn: Callable, xs, size: int):
+    """sum of fn over the leading axis, `size` entries at a time."""
+    n = jax.tree.leaves(xs)[0].shape[0]
+    if size >= n:
+        return fn(xs)
+    whole = n // size
+    head = jax.tree.map(lambda x: x[: whole * size].reshape(whole, size, *x.shape[1:]), xs)
+    first, rest = jax.tree.map(lambda x: x[0], head), jax.tree.map(lambda x: x[1:], head)
+    add = lambda total, part: jax.tree.map(jnp.add, total, part)
+    total, _ = lax.scan(lambda total, block: (add(total, fn(block)), None), fn(first), rest)
+    return add(total, fn(jax.tree.map(lambda x: x[whole * size :], xs))) if n % size else total

@@ -1,0 +1,181 @@
+"""Noise factors as a pure function of (seed, leaf path, generation, factor identity), and the plan of who gets which.
+
+Every number is addressed, never drawn in sequence: the Threefry key is (seed, seed, hash of the leaf's path, generation) and
+the stream is (factor identity, index along stacked axes, role). Chunking, order and device count cannot change it.
+"""
+
+import dataclasses
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kernels import noise_bits
+
+KINDS = ("gaussian", "rademacher")
+LEFT, RIGHT, ROW, COLUMN = range(4)  # roles: the two low-rank factors, and the row and column parts of full-rank noise
+_LETTERS = re.compile(r"[sio]+")
+
+Rules = tuple[tuple[str, str], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """How one parameter is perturbed.
+
+    Attributes:
+        path: its path in the tree, "/" between keys.
+        shape, dtype: of the parameter.
+        form: "frozen", "full" (one number per entry), or one letter per axis: i (input side), o (output side),
+            s (stacked: an independent matrix per index).
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    form: str
+
+    @property
+    def low_rank(self) -> bool:
+        return self.form not in ("full", "frozen")
+
+    def extent(self, letters: str) -> int:
+        """Product of the axes with one of these letters."""
+        return math.prod(n for n, letter in zip(self.shape, self.form, strict=True) if letter in letters)
+
+    def factor_shape(self, side: str) -> tuple[int, ...]:
+        """The parameter's shape with 1 on the axes the factor of this side ("o" left, "i" right) does not have."""
+        return tuple(n if letter in ("s", side) else 1 for n, letter in zip(self.shape, self.form, strict=True))
+
+    @property
+    def hash(self) -> int:
+        """32 bits of SHA-256 of the path: the leaf's word of the noise key."""
+        return int.from_bytes(hashlib.sha256(self.path.encode()).digest()[:4], "little")
+
+
+def plan(params, rules: Rules, rank: int) -> tuple[Leaf, ...]:
+    """Decides the form of every leaf, in flattening order.
+
+    The first rule whose pattern is found in the leaf's path decides. A rule's value is "frozen", "full", "lowrank", or one
+    letter per axis (see `Leaf`). Without a rule, scalars and vectors are "full" and matrices low-rank; a leaf of three or more
+    axes must be named, because nothing in its shape tells which axes are inputs (`eggroll.infer_rules` reads it off the model).
+
+    Raises:
+        TypeError: an integer (or key) leaf that is not frozen.
+        ValueError: a rule that matches nothing, an unknown form, a rank above a matrix's size.
+    """
+    leaves = [(path_name(path), jnp.asarray(leaf)) for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]]
+    unused = [p for p, _ in rules if not any(re.search(p, path) for path, _ in leaves)]
+    if unused:
+        raise ValueError(f"each rule must match a parameter; {unused} match none of {[path for path, _ in leaves]}")
+    planned = tuple(_plan_leaf(path, leaf, rules, rank) for path, leaf in leaves)
+    by_hash: dict[int, str] = {}
+    for leaf in planned:
+        if by_hash.setdefault(leaf.hash, leaf.path) != leaf.path:
+            raise ValueError(f"paths {by_hash[leaf.hash]!r} and {leaf.path!r} share a 32-bit hash: rename one of them")
+    return planned
+
+
+def path_name(path) -> str:
+    """A parameter's path with "/" between keys."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _plan_leaf(path: str, leaf: Array, rules: Rules, rank: int) -> Leaf:
+    form = next((form for pattern, form in rules if re.search(pattern, path)), None)
+    if form == "frozen":
+        return Leaf(path, leaf.shape, leaf.dtype, form)
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise TypeError(
+            f"parameters must be floating point to be perturbed; {path!r} is {leaf.dtype}{list(leaf.shape)}: keep it out of "
+            f"the parameters (close over it in the score function) or freeze it with rules=(({path!r}, 'frozen'), ...)"
+        )
+    if form is None:
+        form = "full" if leaf.ndim < 2 else "lowrank"
+    if form == "full":
+        return Leaf(path, leaf.shape, leaf.dtype, form)
+    if form == "lowrank":
+        if leaf.ndim != 2:
+            raise ValueError(
+                f"only a matrix is low-rank without further ado; {path!r} has shape {leaf.shape}: name its axes with one "
+                f"letter each, i (input), o (output) or s (stacked), for example rules=(({path!r}, "
+                f"'{'s' * max(leaf.ndim - 2, 0)}io'),), let eggroll.infer_rules(score, params, row) find them, or use 'full'"
+            )
+        form = "io"
+    if not _LETTERS.fullmatch(form) or len(form) != leaf.ndim or "i" not in form or "o" not in form:
+        raise ValueError(
+            f"a rule's form is 'lowrank', 'full', 'frozen', or one letter i, o or s per axis with at least one i and one o; "
+            f"got {form!r} for {path!r} of shape {leaf.shape}"
+        )
+    planned = Leaf(path, leaf.shape, leaf.dtype, form)
+    size = min(planned.extent("i"), planned.extent("o"))
+    if rank > size:
+        raise ValueError(
+            f"the rank must not exceed the matrix's smaller side; rank {rank} > {size} for {path!r} of shape {leaf.shape} "
+            f"with axes {form!r}: lower the rank or perturb it in full with rules=(({path!r}, 'full'), ...)"
+        )
+    return planned
+
+
+def seed_words(key: Array) -> tuple[Array, Array]:
+    """The two seed words of a key made by `jax.random.key(seed)`.
+
+    Raises:
+        TypeError: not a typed key of two words (the default implementation, threefry2x32).
+    """
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or jax.random.key_data(key).shape != (2,):
+        raise TypeError(
+            f"the key must be one typed key of two words, jax.random.key(seed) with the default implementation; got {key}"
+        )
+    data = jax.random.key_data(key)
+    return data[0], data[1]
+
+
+def draw(leaf: Leaf, key: Sequence[Array], ids: Array, role: int, rank: int, kind: str) -> Array:
+    """The noise of one leaf for every factor identity in `ids`.
+
+    Args:
+        leaf: what is perturbed.
+        key: (seed word, seed word, generation word), u32 scalars.
+        ids: u32 [...]: factor identities.
+        role: LEFT or RIGHT for low-rank leaves; ROW or COLUMN for full ones.
+        rank: r, of low-rank leaves.
+        kind: "gaussian" or "rademacher". The column part of full noise is always Rademacher, and never drawn by the caller
+            unless several columns share a row.
+
+    Returns:
+        f32 [*ids.shape, stacked, r, elements] for low-rank leaves, stacked axes and this side's axes each in one;
+        [*ids.shape, *leaf.shape] for full noise.
+    """
+    words = (key[0], key[1], jnp.uint32(leaf.hash), key[2])
+    sample = noise_bits.rademacher if kind == "rademacher" or role == COLUMN else noise_bits.gaussian
+    if role in (ROW, COLUMN):
+        stream = (ids, jnp.uint32(0), jnp.uint32(role))
+        return sample(words, stream, max(math.prod(leaf.shape), 1)).reshape(*ids.shape, *leaf.shape)
+    stack, elements = leaf.extent("s"), leaf.extent("o" if role == LEFT else "i")
+    stream = (ids[..., None], jnp.arange(stack, dtype=jnp.uint32), jnp.uint32(role))
+    return sample(words, stream, rank * elements).reshape(*ids.shape, stack, rank, elements)
+
+
+def unfold(leaf: Leaf, factor: Array, role: int) -> Array:
+    """[..., stacked, r, elements] -> [..., *leaf.shape with 1 on the axes this factor lacks, r]."""
+    side = "o" if role == LEFT else "i"
+    lead = factor.ndim - 3
+    axes = [a for letter in ("s", side) for a, mine in enumerate(leaf.form) if mine == letter]
+    stacked = leaf.form.count("s")
+    sizes = [leaf.shape[a] for a in axes]
+    split = factor.reshape(*factor.shape[:lead], *sizes[:stacked], factor.shape[-2], *sizes[stacked:])
+    position = {a: lead + i + (i >= stacked) for i, a in enumerate(axes)}
+    order = (*range(lead), *(position[a] for a in sorted(axes)), lead + stacked)
+    return split.transpose(order).reshape(*factor.shape[:lead], *leaf.factor_shape(side), factor.shape[-2])
+
+
+def fold(leaf: Leaf, gradient: Array) -> Array:
+    """[stacked, output elements, input elements] -> the leaf's shape."""
+    axes = [a for letter in "soi" for a, mine in enumerate(leaf.form) if mine == letter]
+    split = gradient.reshape([leaf.shape[a] for a in axes])
+    return split.transpose([axes.index(a) for a in range(len(axes))])

@@ -1,0 +1,387 @@
+"""init / evaluate / update: evolution strategies on any pytree of parameters, for any optax optimizer."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from eggroll import fitness, noise
+from eggroll.estimate import Estimate, gradients
+from eggroll.perturb import Interpreter, LowRank
+from eggroll.perturb import RULES as PERTURBATION_RULES
+from eggroll.population import Population
+
+Score = Callable[[Any, Any], Any]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("params", "master", "opt_state", "generation", "key"),
+    meta_fields=(),
+)
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Everything that changes from one generation to the next, and all a checkpoint needs.
+
+    Attributes:
+        params: the mean parameters, in the model's own types.
+        master: f32 copy of each bf16 or f16 leaf, else None; steps smaller than a half-precision ulp survive in it.
+        opt_state: of the optax optimizer; frozen leaves have none.
+        generation: i32, updates made so far.
+        key: typed PRNG key; never changes.
+    """
+
+    params: Any
+    master: Any
+    opt_state: Any
+    generation: Array
+    key: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """An evolution strategy as pure functions of `State`; made by `strategy`, whose docstring explains the fields."""
+
+    optimizer: optax.GradientTransformation
+    population: Population
+    rank: int
+    sigma: float | Callable[[Array], Array]
+    noise: str
+    rules: noise.Rules
+    shaping: fitness.Shaper
+    reuse: int
+    chunk: int | None
+    mesh: Mesh | None
+    materialise: bool
+
+    def init(self, params, key: Array) -> State:
+        """State at generation 0 with these mean parameters.
+
+        Raises:
+            TypeError: integer leaves that are not frozen; a key that is not `jax.random.key(seed)`.
+            ValueError: a leaf whose form is undecided, a rank above a matrix's size, a rule that matches nothing.
+        """
+        noise.seed_words(key)
+        params = jax.tree.map(jnp.asarray, params)
+        plan = self._plan(params)
+        if all(leaf.form == "frozen" for leaf in plan):
+            raise ValueError(f"at least one leaf must be perturbed; all {len(plan)} are frozen: relax the rules")
+        half = lambda x: jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32
+        master = jax.tree.map(lambda x: x.astype(jnp.float32) if half(x) else None, params)
+        opt_state = self._optimizer(params, plan).init(_masters(params, master))
+        return State(params, master, opt_state, jnp.zeros((), jnp.int32), key)
+
+    def evaluate(self, state: State, score: Score, batch, *, has_aux: bool = False, per_member: bool = False):
+        """Scores of every perturbed member on every row of the batch.
+
+        Args:
+            score: score(params, row) -> scalar, higher is better; any JAX function, written for one set of parameters.
+                With `has_aux`, -> (scalar, pytree).
+            batch: pytree of arrays with leading axis E: every member sees every row (common random numbers). With
+                `per_member`, leading axes [N, E]: rows of its own for each member.
+
+        Returns:
+            scores [N, E], member index as in `eggroll.population`; with `has_aux`, (scores, aux [N, E, ...]).
+
+        Raises:
+            PerturbationError: a perturbed leaf reaches an operation without a rule (names both).
+            ValueError: score is not a scalar, or the batch's leading axes do not fit.
+        """
+        lead = (self.population.size,) if per_member else ()
+        _check_batch(batch, lead)
+        if per_member:
+            batch = jax.tree.map(self.population.grid, batch)
+        chex.assert_shape(state.generation, ())
+        out = _flat_members(self._evaluate(state, _scalar(score, has_aux), batch, per_member), self.population)
+        return out if has_aux else out[0]
+
+    def evaluate_mean(self, state: State, score: Score, batch, *, has_aux: bool = False):
+        """Scores [E] of the unperturbed mean parameters on every row of the batch (and aux [E, ...])."""
+        _check_batch(batch, ())
+        out = jax.vmap(functools.partial(_scalar(score, has_aux), state.params))(batch)
+        return out if has_aux else out[0]
+
+    def member_params(self, state: State, member: int | Array):
+        """The perturbed parameters of one member, materialised: what `evaluate` runs it with, as plain arrays."""
+        row, column, sign = self.population.coordinates(jnp.asarray(member))
+        plan = self._plan(state.params)
+        lefts, rights = self._draw(plan, state, row.astype(jnp.uint32), column.astype(jnp.uint32))
+        params = self._perturbed(plan, state, lefts, rights, 1.0 - 2.0 * sign.astype(jnp.float32))
+        return jax.tree.map(lambda x: x.resolve() if isinstance(x, LowRank) else x, params, is_leaf=_is_low_rank)
+
+    def estimate(self, state: State, scores: Array, **context) -> Estimate:
+        """Descent-sign gradient estimate -(1/(N sigma)) sum_n f_n E_n from raw scores.
+
+        Args:
+            scores: [N, E] (or [N]) from `evaluate`.
+            context: what the shaping needs besides (for example groups=, baseline=).
+        """
+        if scores.ndim not in (1, 2) or scores.shape[0] != self.population.size:
+            raise ValueError(
+                f"scores must be [members] or [members, evaluations] with {self.population.size} members; "
+                f"got shape {scores.shape}"
+            )
+        shaped, shaping_metrics = self.shaping(scores, self.population, **context)
+        if shaped.shape != (self.population.size,):
+            raise ValueError(f"shaping must return [{self.population.size}] numbers; got shape {shaped.shape}")
+        sigma = self._sigma(state)
+        plan = self._plan(state.params)
+        ascent = gradients(
+            plan, self.population, shaped, self._noise_key(state), sigma,
+            rank=self.rank, kind=self.noise, chunk=self.chunk, place=self._place,
+        )  # fmt: skip
+        leaves, tree = jax.tree.flatten(state.params)
+        descent = [jnp.zeros_like(p) if g is None else -g for p, g in zip(leaves, ascent, strict=True)]
+        norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in ascent if g is not None))
+        metrics = shaping_metrics | {"gradient_norm": norm, "sigma": sigma}
+        one = jnp.ones((), jnp.float32)
+        return Estimate(jax.tree.unflatten(tree, descent), one, {k: (v, one) for k, v in metrics.items()})
+
+    def update(self, state: State, scores: Array, **context) -> tuple[State, dict[str, Array]]:
+        """One generation's step: `estimate`, then `apply`. Returns the new state and scalar metrics."""
+        return self.apply(state, self.estimate(state, scores, **context))
+
+    def apply(self, state: State, estimate: Estimate) -> tuple[State, dict[str, Array]]:
+        """Hands an estimate to the optimizer and steps, in f32 master weights where the model is below f32."""
+        plan = self._plan(state.params)
+        masters = _masters(state.params, state.master)
+        updates, opt_state = self._optimizer(state.params, plan).update(estimate.gradient, state.opt_state, masters)
+        updates = jax.tree.map(lambda u: u * estimate.step_scale.astype(u.dtype), updates)
+        frozen = jax.tree.unflatten(jax.tree.structure(state.params), [leaf.form == "frozen" for leaf in plan])
+        masters = jax.tree.map(lambda f, m, u: m if f else m + u.astype(m.dtype), frozen, masters, updates)
+        params = jax.tree.map(lambda p, m: m.astype(p.dtype), state.params, masters)
+        master = jax.tree.map(lambda kept, m: None if kept is None else m, state.master, masters, is_leaf=_is_none)
+        size = sum(math.prod(leaf.shape) for leaf in plan if leaf.form != "frozen")
+        moved = [u for u, f in zip(jax.tree.leaves(updates), jax.tree.leaves(frozen), strict=True) if not f]
+        metrics = {name: total / count for name, (total, count) in estimate.metrics.items()}
+        metrics["update_rms"] = jnp.sqrt(sum(jnp.sum(jnp.square(u.astype(jnp.float32))) for u in moved) / size)
+        return State(params, master, opt_state, state.generation + 1, state.key), metrics
+
+    # -- parts -------------------------------------------------------------------------------------------------------
+
+    def _plan(self, params) -> tuple[noise.Leaf, ...]:
+        return noise.plan(params, self.rules, self.rank)
+
+    def _optimizer(self, params, plan) -> optax.GradientTransformation:
+        if not any(leaf.form == "frozen" for leaf in plan):
+            return self.optimizer
+        labels = ["frozen" if leaf.form == "frozen" else "trained" for leaf in plan]
+        labels = jax.tree.unflatten(jax.tree.structure(params), labels)
+        return optax.partition({"trained": self.optimizer, "frozen": optax.set_to_zero()}, labels)
+
+    def _sigma(self, state: State) -> Array:
+        return jnp.asarray(self.sigma(state.generation) if callable(self.sigma) else self.sigma, jnp.float32)
+
+    def _noise_key(self, state: State) -> tuple[Array, Array, Array]:
+        return (*noise.seed_words(state.key), (state.generation // self.reuse).astype(jnp.uint32))
+
+    def _place(self, ids: Array) -> Array:
+        """Spreads members over the mesh: by blocks where there are several, else by rows."""
+        if self.mesh is None:
+            return ids
+        axes = PartitionSpec(self.mesh.axis_names) if self.population.blocks > 1 else PartitionSpec(None, self.mesh.axis_names)
+        return lax.with_sharding_constraint(ids, NamedSharding(self.mesh, axes))
+
+    def _draw(self, plan, state: State, rows: Array, columns: Array) -> tuple[list, list]:
+        """Noise of every leaf for these factor identities: row parts and column parts, None where a leaf has none."""
+        key = self._noise_key(state)
+        shared = self.population.columns > 1
+
+        def side(ids, low_rank_role, full_role):
+            parts = []
+            for leaf in plan:
+                if leaf.low_rank:
+                    factor = noise.draw(leaf, key, ids, low_rank_role, self.rank, self.noise)
+                    parts.append(noise.unfold(leaf, factor, low_rank_role))
+                elif leaf.form == "full" and (full_role == noise.ROW or shared):
+                    parts.append(noise.draw(leaf, key, ids, full_role, self.rank, self.noise))
+                else:
+                    parts.append(None)
+            return parts
+
+        return side(rows, noise.LEFT, noise.ROW), side(columns, noise.RIGHT, noise.COLUMN)
+
+    def _perturbed(self, plan, state: State, lefts: list, rights: list, sign: Array):
+        """One member's parameters: low-rank weights as factors, full ones as arrays."""
+        leaves, tree = jax.tree.flatten(state.params)
+        step = sign * self._sigma(state)
+        scale = step / math.sqrt(self.rank)
+
+        def member(leaf, base, left, right):
+            if leaf.form == "frozen":
+                return base
+            wide = jnp.promote_types(base.dtype, jnp.float32)
+            if leaf.low_rank:
+                return LowRank(base, left.astype(wide), right.astype(wide), scale.astype(wide), leaf.path)
+            full = left if right is None else left * right
+            return base + (step * full).astype(base.dtype)
+
+        return jax.tree.unflatten(tree, [member(*x) for x in zip(plan, leaves, lefts, rights, strict=True)])
+
+    def _evaluate(self, state: State, score, batch, per_member: bool):
+        """Scores and aux with leading axes [G, P, Q, S, E]."""
+        plan = self._plan(state.params)
+        population = self.population
+        signs = jnp.array([1.0, -1.0][: population.signs], jnp.float32)
+
+        def member(lefts, rights, sign, rows):
+            params = self._perturbed(plan, state, lefts, rights, sign)
+            run = Interpreter(PERTURBATION_RULES, self.materialise)
+            return jax.vmap(lambda row: run.call(score, params, row))(rows)
+
+        own = 0 if per_member else None
+        over_signs = jax.vmap(member, (None, None, 0, own))
+        over_columns = jax.vmap(over_signs, (None, 0, None, own), axis_size=population.columns)
+
+        def over_rows(lefts, rights, sign, data):
+            rows = jax.vmap(over_columns, (0, None, None, own), axis_size=jax.tree.leaves(lefts)[0].shape[0])
+            return rows(lefts, rights, sign, data)
+
+        over_blocks = jax.vmap(over_rows, (0, 0, None, own))
+
+        def blocks(ids):
+            rows, columns, data = ids
+            lefts, rights = self._draw(plan, state, self._place(rows), columns)
+            return over_blocks(lefts, rights, signs, batch if data is None else data)
+
+        data = batch if per_member else None
+        ids = (population.row_ids(), population.column_ids(), data)
+        if self.chunk is None or self.chunk >= population.size:
+            return blocks(ids)
+        per_row = population.columns * population.signs
+        if self.chunk >= population.rows * per_row:
+            return _in_chunks(blocks, ids, self.chunk // (population.rows * per_row))
+
+        def row_chunks(ids):
+            rows, columns, data = jax.tree.map(lambda x: x[0], ids)
+            one_block = lambda part: jax.tree.map(lambda x: x[0], blocks((part[0][None], columns[None], _lift(part[1]))))
+            out = _in_chunks(one_block, (rows, data), max(1, self.chunk // per_row))
+            return _lift(out)
+
+        return _in_chunks(row_chunks, ids, 1)
+
+
+def strategy(
+    optimizer: optax.GradientTransformation,
+    *,
+    population: Population,
+    rank: int = 1,
+    sigma: float | Callable[[Array], Array],
+    noise: str = "gaussian",
+    rules: noise.Rules = (),
+    shaping: fitness.Shaper = fitness.zscore,
+    reuse: int = 1,
+    chunk: int | None = None,
+    mesh: Mesh | None = None,
+    materialise: bool = False,
+) -> Strategy:
+    """EGGROLL: evolution strategies with low-rank noise; full-rank OpenES with rules=(("", "full"),).
+
+    Member n perturbs each matrix by sigma E_n, E_n = A_n B_n^T / sqrt(r), and the estimate is (1/(N sigma)) sum_n f_n E_n.
+
+    Args:
+        optimizer: any optax optimizer; its learning rate may be an optax schedule.
+        population: `eggroll.independent`, `antithetic` or `crossed`.
+        rank: r.
+        sigma: noise standard deviation in weight units, or a schedule sigma(generation).
+        noise: "gaussian" or "rademacher" factors.
+        rules: (pattern, form) pairs, the first whose pattern is found in a parameter's path decides: "lowrank", "full",
+            "frozen", or a letter per axis (see `eggroll.noise.Leaf`).
+        shaping: from `eggroll.fitness`.
+        reuse: generations that share their noise (K in the literature); 1 draws afresh every generation.
+        chunk: at most about this many members at once (whole rows of the population); bounds memory, and on a CPU keeps
+            activations in cache. Changes no number beyond rounding.
+        mesh: devices to spread the members over, all axes of it.
+        materialise: form the perturbation of a weight that meets an operation without a rule, instead of an error.
+
+    Raises:
+        ValueError: an unknown noise name, rank or reuse below 1, sigma not positive, a population that does not divide over
+            the mesh.
+
+    Source: Sarkar et al., "Evolution Strategies at the Hyperscale", arXiv 2511.16652; crossed populations are this project's.
+    """
+    _check_settings(population, rank, sigma, noise, reuse, chunk, mesh)
+    return Strategy(
+        optimizer, population, rank, sigma, noise, tuple((str(p), str(f)) for p, f in rules), shaping, reuse, chunk, mesh,
+        materialise,
+    )  # fmt: skip
+
+
+def _check_settings(population, rank, sigma, kind, reuse, chunk, mesh) -> None:
+    if kind not in noise.KINDS:
+        raise ValueError(f"noise is one of {noise.KINDS}; got {kind!r}")
+    for name, value in (("rank", rank), ("reuse", reuse), ("chunk", 1 if chunk is None else chunk)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number >= 1; got {value!r}")
+    if not callable(sigma) and not sigma > 0:
+        raise ValueError(f"sigma must be positive (or a schedule of the generation); got {sigma!r}")
+    if mesh is not None:
+        spread = population.blocks if population.blocks > 1 else population.rows
+        if spread % mesh.size:
+            raise ValueError(
+                f"the population's {'blocks' if population.blocks > 1 else 'rows'} must divide over the devices; got {spread} "
+                f"over {mesh.size}: choose a population of a multiple of {mesh.size}"
+            )
+
+
+def _scalar(score: Score, has_aux: bool) -> Callable:
+    """score with a checked scalar result, always as (score, aux)."""
+
+    def checked(params, row):
+        out = score(params, row)
+        value, aux = out if has_aux else (out, None)
+        if jnp.shape(value) != ():
+            raise ValueError(f"score must return one number per row (higher is better); got shape {jnp.shape(value)}")
+        return value, aux
+
+    return checked
+
+
+def _check_batch(batch, lead: tuple[int, ...]) -> None:
+    shapes = {jax.tree_util.keystr(path): jnp.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(batch)}
+    n = len(lead) + 1
+    if not shapes or len({s[:n] for s in shapes.values()}) > 1 or any(len(s) < n or s[: n - 1] != lead for s in shapes.values()):
+        want = "[members, evaluations, ...]" if lead else "[evaluations, ...]"
+        raise ValueError(f"every array of the batch needs the same leading axes {want}{f', members = {lead[0]}' if lead else ''}; got {shapes}")
+
+
+def _flat_members(tree, population: Population):
+    """[G, P, Q, S, ...] -> [N, ...] on every leaf."""
+    return jax.tree.map(lambda x: x.reshape(population.size, *x.shape[4:]), tree)
+
+
+def _in_chunks(fn: Callable, xs, size: int):
+    """fn over the leading axis, `size` entries at a time; fn takes and returns trees with that axis."""
+    n = jax.tree.leaves(xs)[0].shape[0]
+    whole = n // size
+    head = jax.tree.map(lambda x: x[: whole * size].reshape(whole, size, *x.shape[1:]), xs)
+    out = jax.tree.map(lambda x: x.reshape(whole * size, *x.shape[2:]), lax.map(fn, head))
+    if n % size:
+        tail = fn(jax.tree.map(lambda x: x[whole * size :], xs))
+        out = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), out, tail)
+    return out
+
+
+def _lift(tree):
+    return jax.tree.map(lambda x: x[None], tree)
+
+
+def _masters(params, master):
+    """The parameters the optimizer steps: the f32 copy where there is one."""
+    return jax.tree.map(lambda m, p: p if m is None else m, master, params, is_leaf=_is_none)
+
+
+def _is_none(x) -> bool:
+    return x is None
+
+
+def _is_low_rank(x) -> bool:
+    return isinstance(x, LowRank)
