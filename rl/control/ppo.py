@@ -193,8 +193,8 @@ def init(env: Env, policy: Policy, critic: MLP, settings: Settings, key: jax.Arr
 def make_step(env: Env, policy: Policy, critic: MLP, settings: Settings) -> Callable[[State], tuple[State, Metrics]]:
     """Makes the jitted `state -> (state, metrics)`: T * B environment steps, then epochs of minibatches.
 
-    Metrics: `return_mean` over the `episodes` that ended in this batch (NaN if none did), and the means of `loss`'s
-    parts over all minibatches.
+    Metrics: `return_mean` over the `episodes` that ended in this batch (NaN if none did), `env_steps` of this call, and
+    the means of `loss`'s parts over all minibatches.
     """
 
     @jax.jit
@@ -208,6 +208,7 @@ def make_step(env: Env, policy: Policy, critic: MLP, settings: Settings) -> Call
             normalizer = normalizer_lib.update(normalizer, data.moments)
         episodes = jnp.sum(data.done)
         metrics = {"return_mean": jnp.sum(data.finished_total) / episodes, "episodes": episodes, **parts}
+        metrics["env_steps"] = jnp.int32(settings.envs * settings.steps)
         state = state._replace(params=params, opt_state=opt_state, normalizer=normalizer)
         return state._replace(iteration=state.iteration + 1), metrics
 

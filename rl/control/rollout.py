@@ -86,12 +86,12 @@ def episode(env: Env, act: Act, key: jax.Array, normalizer: Normalizer | None = 
     return Episode(end.total, end.length, moments)
 
 
-def make_act(policy: policy_lib.Policy, params: Any) -> Act:
-    """How `policy` with `params` acts: draws if it is stochastic, else takes the most likely action."""
+def make_act(policy: policy_lib.Policy, params: Any, greedy: bool = False) -> Act:
+    """How `policy` with `params` acts: draws if it is stochastic and not asked to be greedy, else takes the mode."""
 
     def act(key: jax.Array, obs: jax.Array) -> jax.Array:
         distribution = policy.apply(params, obs)
-        if policy.stochastic:
+        if policy.stochastic and not greedy:
             return policy_lib.sample(policy.action, distribution, key)
         return policy_lib.mode(policy.action, distribution)
 
@@ -101,8 +101,8 @@ def make_act(policy: policy_lib.Policy, params: Any) -> Act:
 def evaluate(
     env: Env, policy: policy_lib.Policy, params: Any, keys: jax.Array, normalizer: Normalizer | None = None
 ) -> Episode:
-    """Plays one episode per key with the same parameters; leading axis [keys]."""
-    return jax.vmap(lambda key: episode(env, make_act(policy, params), key, normalizer))(keys)
+    """Plays one episode per key with the same parameters, always taking the most likely action; leading axis [keys]."""
+    return jax.vmap(lambda key: episode(env, make_act(policy, params, greedy=True), key, normalizer))(keys)
 
 
 @jax.custom_batching.custom_vmap

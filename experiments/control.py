@@ -1,0 +1,184 @@
+"""Learns to control: EGGROLL, OpenES or PPO on a gymnax or brax environment.
+
+    python -m experiments.control --config=configs/control_cartpole.py[:variant] --workdir=runs/cartpole
+
+The same command resumes. At the end, the mean parameters play `eval_episodes` fresh episodes: the result is printed and
+written to `result.json`, and `plot.png` is drawn.
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+import eggroll
+from experiments import plot
+from rl import config as config_lib
+from rl import envs
+from rl.control import evolution, ppo, rollout
+from rl.control.normalizer import Normalizer
+from rl.control.policy import Policy
+from rl.models.mlp import MLP
+from rl.run import Run, RunError
+
+METHODS = ("eggroll", "openes", "ppo")
+_OPTIMIZERS = {"adam": optax.adam, "adamw": optax.adamw, "sgd": optax.sgd}
+_SHAPINGS = {"zscore": eggroll.fitness.zscore, "centred_rank": eggroll.fitness.centred_rank}
+_POPULATIONS = ("crossed", "antithetic", "independent")
+
+
+class Learner(NamedTuple):
+    """A method, ready to run."""
+
+    state: Any
+    step: Callable[[Any], tuple[Any, dict[str, jax.Array]]]  # metrics include env_steps
+    actor: Callable[[Any], Any]  # state -> parameters of the policy
+    policy: Policy
+    show: tuple[str, ...]  # metrics on the progress line
+
+
+def make_learner(config: ml_collections.ConfigDict, env: envs.Env) -> Learner:
+    """Builds the method that a config describes.
+
+    Raises:
+      rl.config.ConfigError: an unknown method, optimizer, shaping or population design (the message lists what
+        exists), or settings that do not fit together.
+    """
+    try:
+        return _make_learner(config, env)
+    except ValueError as error:
+        raise config_lib.ConfigError(str(error)) from error
+
+
+def _make_learner(config: ml_collections.ConfigDict, env: envs.Env) -> Learner:
+    _known("method", config.method, METHODS)
+    key = jax.random.fold_in(jax.random.key(config.seed), 0)
+    policy = Policy(env.action, tuple(config.policy.hidden), config.policy.stochastic)
+    if config.method == "ppo":
+        settings = ppo.Settings(**config.ppo.to_dict(), normalize_observations=config.policy.normalize_observations)
+        # Nearly uniform first actions: PPO has to explore by them.
+        policy = dataclasses.replace(policy, stochastic=True, output_scale=0.01)
+        critic = MLP(1, tuple(config.policy.hidden), output_scale=1.0)
+        return Learner(
+            state=ppo.init(env, policy, critic, settings, key),
+            step=ppo.make_step(env, policy, critic, settings),
+            actor=lambda state: state.params["actor"],
+            policy=policy,
+            show=("eval_return", "return_mean", "entropy", "kl"),
+        )
+    es = make_strategy(config)
+    return Learner(
+        state=evolution.init(env, policy, es, key, normalize_observations=config.policy.normalize_observations),
+        step=evolution.make_step(
+            env, policy, es, episodes=config.es.episodes, common_random_numbers=config.es.common_random_numbers
+        ),
+        actor=lambda state: state.es.params,
+        policy=policy,
+        show=("eval_return", "fitness_mean", "fitness_max", "length_mean"),
+    )
+
+
+def make_strategy(config: ml_collections.ConfigDict) -> eggroll.Strategy:
+    """The evolution strategy of `config.es`; for method openes, the same with full-rank noise."""
+    c = config.es
+    _known("es.optimizer", c.optimizer, _OPTIMIZERS)
+    _known("es.shaping", c.shaping, _SHAPINGS)
+    _known("es.population", c.population, _POPULATIONS)
+    if c.population == "crossed":
+        population = eggroll.crossed(c.members, blocks=c.blocks)
+    else:
+        population = getattr(eggroll, c.population)(c.members)
+    return eggroll.strategy(
+        _OPTIMIZERS[c.optimizer](optax.exponential_decay(c.learning_rate, 1, c.learning_rate_decay)),
+        population=population,
+        rank=c.rank,
+        sigma=optax.exponential_decay(c.sigma, 1, c.sigma_decay),
+        noise=c.noise,
+        rules=(("", "full"),) if config.method == "openes" else (),
+        shaping=_SHAPINGS[c.shaping],
+        chunk=c.chunk or None,
+    )
+
+
+def train(config: ml_collections.ConfigDict, workdir: str | Path, tensorboard: bool = False) -> dict[str, Any]:
+    """Runs or resumes a config in a folder.
+
+    Returns:
+      What `result.json` holds: return_mean, return_std, return_min over the final episodes, episodes, env_steps, and
+      seconds of training, compilation included.
+    """
+    env = envs.make(config.env, config.max_steps or None)
+    learner = make_learner(config, env)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def evaluate(params: Any, normalizer: Normalizer | None, stream: int, step: jax.Array) -> rollout.Episode:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), stream), step)
+        return rollout.evaluate(env, learner.policy, params, jax.random.split(key, config.eval_episodes), normalizer)
+
+    run = Run(
+        workdir,
+        config,
+        total_steps=config.steps,
+        save_every=config.save_every,
+        show=learner.show,
+        tensorboard=tensorboard,
+    )
+    with run:
+        state = run.restore(learner.state)
+        while run.step < run.total_steps:
+            state, metrics = learner.step(state)
+            work = int(metrics.pop("env_steps"))
+            step = run.step + 1
+            if step % config.eval_every == 0 or step == run.total_steps:
+                played = evaluate(learner.actor(state), state.normalizer, 1, jnp.int32(step))
+                metrics["eval_return"] = jnp.mean(played.total)
+            run.record(state, metrics, work=work)
+        final = evaluate(learner.actor(state), state.normalizer, 2, jnp.int32(0)).total
+        env_steps = run.work
+    result = {
+        "env": config.env,
+        "method": config.method,
+        "seed": config.seed,
+        "episodes": config.eval_episodes,
+        "return_mean": float(final.mean()),
+        "return_std": float(final.std()),
+        "return_min": float(final.min()),
+        "env_steps": env_steps,
+        "seconds": plot.read_run(workdir).columns["seconds"][config.steps],
+    }
+    (Path(workdir) / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit status."""
+    config, workdir, tensorboard = config_lib.parse(argv)
+    try:
+        result = train(config, workdir, tensorboard)
+    except (config_lib.ConfigError, envs.EnvError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(
+        f"{result['env']}, {result['method']}, seed {result['seed']}: mean return {result['return_mean']:.2f} "
+        f"(std {result['return_std']:.2f}, min {result['return_min']:.2f}) of the mean parameters over "
+        f"{result['episodes']} fresh episodes, after {result['env_steps']} environment steps in "
+        f"{result['seconds']:.1f} s"
+    )
+    return plot.main([str(workdir), "--x=env_steps", "--y=eval_return"])
+
+
+def _known(key: str, value: str, names: Collection[str]) -> None:
+    if value not in names:
+        raise ValueError(f"unknown {key} {value!r}; known: {', '.join(names)}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
