@@ -52,23 +52,15 @@ def direction_weights(fitness: Array, population: Population) -> Array:
     return weights
 
 
-def leaf_sum(leaf: Leaf, weights: Array, key: Sequence[Array], rows: Array, columns: Array, rank: int, kind: str) -> Array:
-    """sum_gij weights_gij E_gij for one leaf (without 1/sqrt(r)), in the leaf's shape, f32 or wider.
-
-    Args:
-        weights: [G, P, Q].
-        rows, columns: factor identities, [G, P] and [G, Q].
-    """
+def _leaf_sum(leaf: Leaf, weights: Array, row: Array, column: Array | None) -> Array:
+    """sum_gij weights_gij E_gij for one leaf (without 1/sqrt(r)), in the leaf's shape, f32 or wider."""
     dtype = jnp.promote_types(leaf.dtype, jnp.float32)
-    draw = lambda ids, role: noise.draw(leaf, key, ids, role, rank, kind).astype(dtype)
-    weights = weights.astype(dtype)
+    weights, row = weights.astype(dtype), row.astype(dtype)
     if leaf.low_rank:
-        return noise.fold(leaf, es_update.update(weights, draw(rows, noise.LEFT), draw(columns, noise.RIGHT)))
-    row = draw(rows, noise.ROW)
-    if columns.shape[1] == 1:
+        return noise.fold(leaf, es_update.update(weights, row, column.astype(dtype)))
+    if column is None:
         return jnp.tensordot(weights[..., 0], row, axes=2)
-    mixed = jnp.einsum("gpq,gq...->gp...", weights, draw(columns, noise.COLUMN))
-    return jnp.sum(row * mixed, axis=(0, 1))
+    return jnp.sum(row * jnp.einsum("gpq,gq...->gp...", weights, column.astype(dtype)), axis=(0, 1))
 
 
 def gradients(
@@ -102,7 +94,8 @@ def gradients(
 
     def block_sum(block):
         w, rows, columns = block
-        return [leaf_sum(leaf, w, key, place(rows), columns, rank, kind) for leaf in active]
+        drawn = noise.factors(active, key, place(rows), columns, rank, kind)
+        return [_leaf_sum(leaf, w, *parts) for leaf, *parts in zip(active, *drawn, strict=True)]
 
     per_block = population.size // population.blocks
     step = population.blocks if chunk is None else max(1, min(chunk // per_block, population.blocks))
@@ -120,7 +113,8 @@ def _summed(fn: Callable, xs, size: int):
         return fn(xs)
     whole = n // size
     head = jax.tree.map(lambda x: x[: whole * size].reshape(whole, size, *x.shape[1:]), xs)
-    first, rest = jax.tree.map(lambda x: x[0], head), jax.tree.map(lambda x: x[1:], head)
+    tail = jax.tree.map(lambda x: x[whole * size :], xs)
     add = lambda total, part: jax.tree.map(jnp.add, total, part)
-    total, _ = lax.scan(lambda total, block: (add(total, fn(block)), None), fn(first), rest)
-    return add(total, fn(jax.tree.map(lambda x: x[whole * size :], xs))) if n % size else total
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, jax.tree.map(lambda x: x[0], head)))
+    total, _ = lax.scan(lambda total, block: (add(total, fn(block)), None), zero, head)
+    return add(total, fn(tail)) if n % size else total

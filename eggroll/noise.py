@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from kernels import noise_bits
@@ -135,30 +136,85 @@ def seed_words(key: Array) -> tuple[Array, Array]:
     return data[0], data[1]
 
 
-def draw(leaf: Leaf, key: Sequence[Array], ids: Array, role: int, rank: int, kind: str) -> Array:
-    """The noise of one leaf for every factor identity in `ids`.
+def draw(
+    requests: Sequence[tuple[Leaf, int]], key: Sequence[Array], ids: Array, rank: int, kind: str
+) -> list[Array]:
+    """The noise of several leaves for every factor identity in `ids`.
+
+    Streams of about one length are drawn in one call, whichever leaf they belong to: a model then compiles a handful of
+    copies of the generator instead of one per leaf and role. A stream's numbers do not depend on the company it is drawn in.
 
     Args:
-        leaf: what is perturbed.
+        requests: (leaf, role) pairs; role LEFT or RIGHT for low-rank leaves, ROW or COLUMN for full ones.
         key: (seed word, seed word, generation word), u32 scalars.
         ids: u32 [...]: factor identities.
-        role: LEFT or RIGHT for low-rank leaves; ROW or COLUMN for full ones.
         rank: r, of low-rank leaves.
-        kind: "gaussian" or "rademacher". The column part of full noise is always Rademacher, and never drawn by the caller
-            unless several columns share a row.
+        kind: "gaussian" or "rademacher". The column part of full noise is Rademacher in either case.
 
     Returns:
-        f32 [*ids.shape, stacked, r, elements] for low-rank leaves, stacked axes and this side's axes each in one;
-        [*ids.shape, *leaf.shape] for full noise.
+        Per request, f32: [*ids.shape, stacked, r, elements] for a low-rank leaf, its stacked axes and this side's axes each in
+        one; [*ids.shape, *leaf.shape] for full noise.
     """
-    words = (key[0], key[1], jnp.uint32(leaf.hash), key[2])
-    sample = noise_bits.rademacher if kind == "rademacher" or role == COLUMN else noise_bits.gaussian
-    if role in (ROW, COLUMN):
-        stream = (ids, jnp.uint32(0), jnp.uint32(role))
-        return sample(words, stream, max(math.prod(leaf.shape), 1)).reshape(*ids.shape, *leaf.shape)
-    stack, elements = leaf.extent("s"), leaf.extent("o" if role == LEFT else "i")
-    stream = (ids[..., None], jnp.arange(stack, dtype=jnp.uint32), jnp.uint32(role))
-    return sample(words, stream, rank * elements).reshape(*ids.shape, stack, rank, elements)
+    streams = [_Stream(leaf, role, rank, kind) for leaf, role in requests]
+    lengths = sorted({stream.length for stream in streams})
+    drawn: dict[int, Array] = {}
+    for length in lengths:
+        mine = [i for i, stream in enumerate(streams) if stream.length == length]
+        column = lambda rows: jnp.asarray([row for i in mine for row in rows(streams[i])], jnp.uint32)
+        words = noise_bits.words(
+            (key[0], key[1], column(lambda s: [s.leaf.hash] * s.stacked), key[2]),
+            (ids[..., None], column(lambda s: range(s.stacked)), column(lambda s: [s.role] * s.stacked)),
+            length,
+        )
+        ends = np.cumsum([streams[i].stacked for i in mine])
+        drawn |= dict(zip(mine, jnp.split(words, ends[:-1], axis=-2), strict=True))
+    return [stream.numbers(drawn[i]) for i, stream in enumerate(streams)]
+
+
+def factors(
+    leaves: Sequence[Leaf], key: Sequence[Array], rows: Array, columns: Array, rank: int, kind: str
+) -> tuple[list[Array | None], list[Array | None]]:
+    """Row parts and column parts of the noise of every leaf, as `draw` returns them.
+
+    Args:
+        rows, columns: u32 [..., P] and [..., Q], factor identities. Full noise has a column part only where Q > 1.
+
+    Returns:
+        Two lists with one entry per leaf, None where a leaf has no such part.
+    """
+
+    def side(ids, low_rank_role, full_role, with_full):
+        wanted = [leaf.low_rank or (leaf.form == "full" and with_full) for leaf in leaves]
+        requests = [(leaf, low_rank_role if leaf.low_rank else full_role) for leaf, w in zip(leaves, wanted, strict=True) if w]
+        drawn = iter(draw(requests, key, ids, rank, kind))
+        return [next(drawn) if w else None for w in wanted]
+
+    return side(rows, LEFT, ROW, True), side(columns, RIGHT, COLUMN, columns.shape[-1:] > (1,))
+
+
+class _Stream:
+    """One request's words: how many rows and words a row, and what becomes of them."""
+
+    def __init__(self, leaf: Leaf, role: int, rank: int, kind: str):
+        self.leaf, self.role, self.rank = leaf, role, rank
+        self.packed = kind == "rademacher" or role == COLUMN
+        full = role in (ROW, COLUMN)
+        self.stacked = 1 if full else leaf.extent("s")
+        elements = math.prod(leaf.shape) if full else leaf.extent("o" if role == LEFT else "i")
+        self.shape = leaf.shape if full else (self.stacked, rank, elements)
+        self.count = max(elements, 1) * (1 if full else rank)
+        words = -(-self.count // 32) if self.packed else self.count
+        # Short streams round up to a power of two (a longer draw starts with the shorter one), long ones are drawn as they are.
+        self.length = words if words > 1024 else max(64, 1 << (words - 1).bit_length())
+
+    def numbers(self, words: Array) -> Array:
+        """u32 [*ids, stacked, length] -> the noise."""
+        lead = words.shape[:-2]
+        if self.packed:
+            values = noise_bits.signs(words[..., : -(-self.count // 32)], self.count)
+        else:
+            values = noise_bits.gaussian(words[..., : self.count])
+        return values.reshape(*lead, *self.shape)
 
 
 def unfold(leaf: Leaf, factor: Array, role: int) -> Array:

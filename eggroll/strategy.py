@@ -113,7 +113,10 @@ class Strategy:
         """The perturbed parameters of one member, materialised: what `evaluate` runs it with, as plain arrays."""
         row, column, sign = self.population.coordinates(jnp.asarray(member))
         plan = self._plan(state.params)
-        lefts, rights = self._draw(plan, state, row.astype(jnp.uint32), column.astype(jnp.uint32))
+        # A whole row's columns, because full noise has a column part only where several columns share a row.
+        columns = (row // self.population.rows) * self.population.columns + jnp.arange(self.population.columns)
+        parts = self._draw(plan, state, row[None].astype(jnp.uint32), columns.astype(jnp.uint32))
+        lefts, rights = (jax.tree.map(lambda x: x[i], side) for side, i in zip(parts, (0, column % self.population.columns), strict=True))
         params = self._perturbed(plan, state, lefts, rights, 1.0 - 2.0 * sign.astype(jnp.float32))
         return jax.tree.map(lambda x: x.resolve() if isinstance(x, LowRank) else x, params, is_leaf=_is_low_rank)
 
@@ -191,23 +194,10 @@ class Strategy:
         return lax.with_sharding_constraint(ids, NamedSharding(self.mesh, axes))
 
     def _draw(self, plan, state: State, rows: Array, columns: Array) -> tuple[list, list]:
-        """Noise of every leaf for these factor identities: row parts and column parts, None where a leaf has none."""
-        key = self._noise_key(state)
-        shared = self.population.columns > 1
-
-        def side(ids, low_rank_role, full_role):
-            parts = []
-            for leaf in plan:
-                if leaf.low_rank:
-                    factor = noise.draw(leaf, key, ids, low_rank_role, self.rank, self.noise)
-                    parts.append(noise.unfold(leaf, factor, low_rank_role))
-                elif leaf.form == "full" and (full_role == noise.ROW or shared):
-                    parts.append(noise.draw(leaf, key, ids, full_role, self.rank, self.noise))
-                else:
-                    parts.append(None)
-            return parts
-
-        return side(rows, noise.LEFT, noise.ROW), side(columns, noise.RIGHT, noise.COLUMN)
+        """Noise for these factor identities, laid out as members use it: row parts and column parts of every leaf."""
+        parts = noise.factors(plan, self._noise_key(state), rows, columns, self.rank, self.noise)
+        laid = lambda role: lambda leaf, x: noise.unfold(leaf, x, role) if leaf.low_rank else x
+        return list(map(laid(noise.LEFT), plan, parts[0])), list(map(laid(noise.RIGHT), plan, parts[1]))
 
     def _perturbed(self, plan, state: State, lefts: list, rights: list, sign: Array):
         """One member's parameters: low-rank weights as factors, full ones as arrays."""

@@ -1,4 +1,4 @@
-"""What callers import: words of noise, and the two factor distributions drawn from them."""
+"""What callers import: words of noise, and the two distributions made of them."""
 
 from collections.abc import Sequence
 
@@ -32,18 +32,19 @@ def words(key: Sequence[ArrayLike], stream: Sequence[ArrayLike], count: int) -> 
     return reference.words(key, stream, count)
 
 
-def gaussian(key: Sequence[ArrayLike], stream: Sequence[ArrayLike], count: int) -> jnp.ndarray:
-    """Near-Gaussian noise, one word each: (popcount of 16 bits - 8 + uniform fill) / standard deviation.
+def gaussian(bits: jnp.ndarray) -> jnp.ndarray:
+    """One near-Gaussian per word: (popcount of 16 bits - 8 + uniform fill) / standard deviation.
 
     Mean 0 and variance 1 exactly, symmetric (complementing the word negates the value), excess kurtosis -0.1205,
     |z| <= 4.21. Drawn in f32 with exactly rounded operations only, so that every device gives the same bits.
 
-    Args, errors: as `words`.
+    Args:
+        bits: u32 [...].
 
     Returns:
-        f32 [*broadcast shape of key and stream, count].
+        f32 [...].
     """
-    return reference.gaussian(words(key, stream, count))
+    return reference.gaussian(bits)
 
 
 def signs(bits: jnp.ndarray, count: int) -> jnp.ndarray:
@@ -57,8 +58,3 @@ def signs(bits: jnp.ndarray, count: int) -> jnp.ndarray:
         f32 [..., count].
     """
     return reference.signs(bits, count)
-
-
-def rademacher(key: Sequence[ArrayLike], stream: Sequence[ArrayLike], count: int) -> jnp.ndarray:
-    """+1 or -1 with equal probability, 32 to a word. Args, returns, errors: as `gaussian`."""
-    return signs(words(key, stream, -(-count // 32)), count)
