@@ -113,7 +113,7 @@ def predicted_cosine(
     independent members, N/2 for antithetic ones. With ``shapes`` the low-rank matrices get their exact second moment
     (for Gaussian factors, and gradients of equal root mean square in all leaves); for one block of a crossed
     population at rank 1 that is (1 + (m + 1)/P)(1 + (n + 1)/Q) for the leaf's own gradient and m n / (P Q) for the
-    others'.
+    others'. The double centring of crossed blocks costs one row and one column: P - 1 and Q - 1 stand for P and Q.
 
     Args:
       population: the population (G blocks of P rows x Q columns, with one or two signs).
@@ -131,7 +131,8 @@ def predicted_cosine(
         raise ValueError(
             f"dimensions must count all perturbed parameters: got {dimensions}, matrices alone hold {listed}"
         )
-    rows, columns = population.rows, population.columns
+    centred = population.rows > 1 and population.columns > 1
+    rows, columns = population.rows - centred, population.columns - centred
     excess = (dimensions - listed) * dimensions
     for m, n in shapes:
         if not 1 <= rank <= min(m, n):

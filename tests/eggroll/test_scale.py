@@ -129,9 +129,9 @@ def test_cosine_law_golden():
 
 def test_cosine_of_one_matrix_is_the_cards_second_moment():
     m, n = 12, 20
-    crossed = eggroll.crossed(64)
-    expected = (1 + (m + 1) / crossed.rows) * (1 + (n + 1) / crossed.columns)
-    assert scale.predicted_cosine(crossed, m * n, shapes=[(m, n)]) == pytest.approx(expected**-0.5, rel=1e-12)
+    expected = (1 + (m + 1) / 7) * (1 + (n + 1) / 15)  # centring costs one of 8 rows and one of 16 columns
+    predicted = scale.predicted_cosine(eggroll.crossed(128), m * n, shapes=[(m, n)])
+    assert predicted == pytest.approx(expected**-0.5, rel=1e-12)
     for rank in (1, 4):
         one_sample = m * n + 2 + 2 * (m + n + 1) / rank
         expected = one_sample / 50 + 49 / 50
@@ -145,7 +145,7 @@ def test_cosine_with_several_leaves_against_simulation():
     shapes, rows, columns, rank, blocks = [(6, 10), (4, 6)], 8, 8, 2, 2
     dimensions = 6 * 10 + 4 * 6 + 30
     moments = []
-    for _ in range(300):
+    for _ in range(1000):
         gradients = [rng.normal(size=s) for s in shapes] + [rng.normal(size=30)]
         noise = []
         for m, n in shapes:
@@ -153,7 +153,12 @@ def test_cosine_with_several_leaves_against_simulation():
             noise.append(np.einsum("gimr,gjnr->gijmn", a, b).reshape(-1, m, n) / np.sqrt(rank))
         noise.append(rng.normal(size=(blocks * rows * columns, 30)))
         fitness = sum(e.reshape(len(e), -1) @ g.ravel() for e, g in zip(noise, gradients, strict=True))
-        squared = sum(np.sum(np.tensordot(fitness, e, 1) ** 2) for e in noise) / len(fitness) ** 2
+        fitness = fitness.reshape(blocks, rows, columns)
+        fitness = fitness - fitness.mean(axis=1, keepdims=True)
+        fitness = (fitness - fitness.mean(axis=2, keepdims=True)).ravel()
+        squared = (
+            sum(np.sum(np.tensordot(fitness, e, 1) ** 2) for e in noise) / (blocks * (rows - 1) * (columns - 1)) ** 2
+        )
         moments.append(squared / sum(np.sum(g**2) for g in gradients))
     population = eggroll.crossed(blocks * rows * columns, blocks=blocks)
     predicted = scale.predicted_cosine(population, dimensions, shapes=shapes, rank=rank) ** -2
