@@ -94,7 +94,7 @@ def gradients(
 
     def block_sum(block):
         w, rows, columns = block
-        drawn = noise.factors(active, key, place(rows), columns, rank, kind)
+        drawn = noise.factors(active, key, place(rows), columns, rank, kind, population.columns > 1)
         return [_leaf_sum(leaf, w, *parts) for leaf, *parts in zip(active, *drawn, strict=True)]
 
     per_block = population.size // population.blocks

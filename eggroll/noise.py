@@ -172,12 +172,13 @@ def draw(
 
 
 def factors(
-    leaves: Sequence[Leaf], key: Sequence[Array], rows: Array, columns: Array, rank: int, kind: str
+    leaves: Sequence[Leaf], key: Sequence[Array], rows: Array, columns: Array, rank: int, kind: str, crossed: bool
 ) -> tuple[list[Array | None], list[Array | None]]:
     """Row parts and column parts of the noise of every leaf, as `draw` returns them.
 
     Args:
-        rows, columns: u32 [..., P] and [..., Q], factor identities. Full noise has a column part only where Q > 1.
+        rows, columns: u32 [..., P] and [..., Q], factor identities.
+        crossed: whether several columns share a row, so that full noise needs a column part.
 
     Returns:
         Two lists with one entry per leaf, None where a leaf has no such part.
@@ -189,7 +190,7 @@ def factors(
         drawn = iter(draw(requests, key, ids, rank, kind))
         return [next(drawn) if w else None for w in wanted]
 
-    return side(rows, LEFT, ROW, True), side(columns, RIGHT, COLUMN, columns.shape[-1:] > (1,))
+    return side(rows, LEFT, ROW, True), side(columns, RIGHT, COLUMN, crossed)
 
 
 class _Stream:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from eggroll import fitness, noise
 from eggroll.estimate import Estimate, gradients
+from eggroll.members import map_members
 from eggroll.perturb import Interpreter, LowRank
 from eggroll.perturb import RULES as PERTURBATION_RULES
 from eggroll.population import Population
@@ -97,10 +98,8 @@ class Strategy:
         """
         lead = (self.population.size,) if per_member else ()
         _check_batch(batch, lead)
-        if per_member:
-            batch = jax.tree.map(self.population.grid, batch)
         chex.assert_shape(state.generation, ())
-        out = _flat_members(self._evaluate(state, _scalar(score, has_aux), batch, per_member), self.population)
+        out = self._members(state, _scalar(score, has_aux), batch, per_member)
         return out if has_aux else out[0]
 
     def evaluate_mean(self, state: State, score: Score, batch, *, has_aux: bool = False):
@@ -113,10 +112,7 @@ class Strategy:
         """The perturbed parameters of one member, materialised: what `evaluate` runs it with, as plain arrays."""
         row, column, sign = self.population.coordinates(jnp.asarray(member))
         plan = self._plan(state.params)
-        # A whole row's columns, because full noise has a column part only where several columns share a row.
-        columns = (row // self.population.rows) * self.population.columns + jnp.arange(self.population.columns)
-        parts = self._draw(plan, state, row[None].astype(jnp.uint32), columns.astype(jnp.uint32))
-        lefts, rights = (jax.tree.map(lambda x: x[i], side) for side, i in zip(parts, (0, column % self.population.columns), strict=True))
+        lefts, rights = self._draw(plan, state, row.astype(jnp.uint32), column.astype(jnp.uint32))
         params = self._perturbed(plan, state, lefts, rights, 1.0 - 2.0 * sign.astype(jnp.float32))
         return jax.tree.map(lambda x: x.resolve() if isinstance(x, LowRank) else x, params, is_leaf=_is_low_rank)
 
@@ -195,7 +191,8 @@ class Strategy:
 
     def _draw(self, plan, state: State, rows: Array, columns: Array) -> tuple[list, list]:
         """Noise for these factor identities, laid out as members use it: row parts and column parts of every leaf."""
-        parts = noise.factors(plan, self._noise_key(state), rows, columns, self.rank, self.noise)
+        crossed = self.population.columns > 1
+        parts = noise.factors(plan, self._noise_key(state), rows, columns, self.rank, self.noise, crossed)
         laid = lambda role: lambda leaf, x: noise.unfold(leaf, x, role) if leaf.low_rank else x
         return list(map(laid(noise.LEFT), plan, parts[0])), list(map(laid(noise.RIGHT), plan, parts[1]))
 
@@ -216,47 +213,19 @@ class Strategy:
 
         return jax.tree.unflatten(tree, [member(*x) for x in zip(plan, leaves, lefts, rights, strict=True)])
 
-    def _evaluate(self, state: State, score, batch, per_member: bool):
-        """Scores and aux with leading axes [G, P, Q, S, E]."""
+    def _members(self, state: State, score, batch, per_member: bool):
+        """Scores and aux of all members, with leading axes [N, E]."""
         plan = self._plan(state.params)
-        population = self.population
-        signs = jnp.array([1.0, -1.0][: population.signs], jnp.float32)
+
+        def draw(rows: Array, columns: Array):
+            return self._draw(plan, state, self._place(rows), columns)
 
         def member(lefts, rights, sign, rows):
             params = self._perturbed(plan, state, lefts, rights, sign)
             run = Interpreter(PERTURBATION_RULES, self.materialise)
             return jax.vmap(lambda row: run.call(score, params, row))(rows)
 
-        own = 0 if per_member else None
-        over_signs = jax.vmap(member, (None, None, 0, own))
-        over_columns = jax.vmap(over_signs, (None, 0, None, own), axis_size=population.columns)
-
-        def over_rows(lefts, rights, sign, data):
-            rows = jax.vmap(over_columns, (0, None, None, own), axis_size=jax.tree.leaves(lefts)[0].shape[0])
-            return rows(lefts, rights, sign, data)
-
-        over_blocks = jax.vmap(over_rows, (0, 0, None, own))
-
-        def blocks(ids):
-            rows, columns, data = ids
-            lefts, rights = self._draw(plan, state, self._place(rows), columns)
-            return over_blocks(lefts, rights, signs, batch if data is None else data)
-
-        data = batch if per_member else None
-        ids = (population.row_ids(), population.column_ids(), data)
-        if self.chunk is None or self.chunk >= population.size:
-            return blocks(ids)
-        per_row = population.columns * population.signs
-        if self.chunk >= population.rows * per_row:
-            return _in_chunks(blocks, ids, self.chunk // (population.rows * per_row))
-
-        def row_chunks(ids):
-            rows, columns, data = jax.tree.map(lambda x: x[0], ids)
-            one_block = lambda part: jax.tree.map(lambda x: x[0], blocks((part[0][None], columns[None], _lift(part[1]))))
-            out = _in_chunks(one_block, (rows, data), max(1, self.chunk // per_row))
-            return _lift(out)
-
-        return _in_chunks(row_chunks, ids, 1)
+        return map_members(member, draw, self.population, batch, per_member, self.chunk)
 
 
 def strategy(
@@ -341,27 +310,6 @@ def _check_batch(batch, lead: tuple[int, ...]) -> None:
     if not shapes or len({s[:n] for s in shapes.values()}) > 1 or any(len(s) < n or s[: n - 1] != lead for s in shapes.values()):
         want = "[members, evaluations, ...]" if lead else "[evaluations, ...]"
         raise ValueError(f"every array of the batch needs the same leading axes {want}{f', members = {lead[0]}' if lead else ''}; got {shapes}")
-
-
-def _flat_members(tree, population: Population):
-    """[G, P, Q, S, ...] -> [N, ...] on every leaf."""
-    return jax.tree.map(lambda x: x.reshape(population.size, *x.shape[4:]), tree)
-
-
-def _in_chunks(fn: Callable, xs, size: int):
-    """fn over the leading axis, `size` entries at a time; fn takes and returns trees with that axis."""
-    n = jax.tree.leaves(xs)[0].shape[0]
-    whole = n // size
-    head = jax.tree.map(lambda x: x[: whole * size].reshape(whole, size, *x.shape[1:]), xs)
-    out = jax.tree.map(lambda x: x.reshape(whole * size, *x.shape[2:]), lax.map(fn, head))
-    if n % size:
-        tail = fn(jax.tree.map(lambda x: x[whole * size :], xs))
-        out = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), out, tail)
-    return out
-
-
-def _lift(tree):
-    return jax.tree.map(lambda x: x[None], tree)
 
 
 def _masters(params, master):
