@@ -67,8 +67,13 @@ def digits(config: ml_collections.ConfigDict) -> Task:
     The split is stratified and always the same, 1,437 images to train on and 360 to test on; pixels are scaled to
     [0, 1]. The score is log p(label | image), so its mean is minus the cross-entropy in nats.
     """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise config_lib.ConfigError(
+            "config.task = 'digits' needs scikit-learn: pip install 'eggroll-jax[digits]'"
+        ) from error
 
     images, labels = load_digits(return_X_y=True)
     train_test = train_test_split(
