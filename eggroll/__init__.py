@@ -10,7 +10,7 @@
 
 from eggroll import fitness, scale
 from eggroll.estimate import Estimate
-from eggroll.perturb import LowRank, PerturbationError
+from eggroll.perturb import LowRank, PerturbationError, infer_rules
 from eggroll.perturb import call as perturbed_call
 from eggroll.population import Population, antithetic, crossed, independent
 from eggroll.scale import anchored_weight_decay, convert_learning_rate, predicted_cosine
@@ -29,6 +29,7 @@ __all__ = [
     "crossed",
     "fitness",
     "independent",
+    "infer_rules",
     "perturbed_call",
     "predicted_cosine",
     "scale",

@@ -1,11 +1,12 @@
 """Runs any JAX function with low-rank perturbed weights, without forming a perturbation and without changing the function."""
 
+from eggroll.perturb.infer import infer_rules
 from eggroll.perturb.interpreter import Interpreter, PerturbationError
 from eggroll.perturb.products import RULES as _PRODUCTS
 from eggroll.perturb.structural import RULES as _STRUCTURAL
 from eggroll.perturb.weight import LowRank
 
-__all__ = ["RULES", "Interpreter", "LowRank", "PerturbationError", "call"]
+__all__ = ["RULES", "Interpreter", "LowRank", "PerturbationError", "call", "infer_rules"]
 
 RULES = _STRUCTURAL | _PRODUCTS
 

@@ -40,7 +40,7 @@ def _broadcast_in_dim(eqn, w, *dynamic):
 
 
 def _reshape(eqn, w):
-    groups = _segments(w.shape, eqn.params["new_sizes"])
+    groups = segments(w.shape, eqn.params["new_sizes"])
     if groups is None or eqn.params["dimensions"] is not None:
         return NotImplemented
     sizes = [_reshaped(factor, groups) for factor in (w.left, w.right)]
@@ -50,7 +50,7 @@ def _reshape(eqn, w):
     return dataclasses.replace(w, base=lax.reshape(w.base, eqn.params["new_sizes"]), left=left, right=right)
 
 
-def _segments(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]] | None:
+def segments(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]] | None:
     """Pairs (old axes, new sizes) of equal product, as fine as possible; None for empty arrays."""
     if 0 in old:
         return None
