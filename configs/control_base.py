@@ -5,8 +5,9 @@ Keys (`steps` are generations of evolution, or batches of PPO):
 * `env`, `max_steps`: environment, and time limit of an episode (0: the environment's own);
 * `eval_every`, `eval_episodes`: steps between evaluations of the mean parameters, and episodes in each;
 * `policy`: hidden layer sizes, whether actions are drawn, whether observations are normalised;
-* `es`: population design and size, `blocks` of it if crossed, rank, sigma and learning rate with multiplicative decays
-  per generation, optimizer, fitness shaping, `episodes` per member, `chunk` members at a time (0: all);
+* `es`: population design and size, `blocks` of it if crossed, rank, patterns of parameters that get `full`-rank noise
+  (a matrix must not be smaller than the rank), sigma and learning rate with multiplicative decays per generation,
+  optimizer, fitness shaping, `episodes` per member, `chunk` members at a time (0: all);
 * `ppo`: see `rl.control.ppo.Settings`.
 """
 
@@ -41,6 +42,7 @@ def evolution(
             "members": 256,
             "blocks": 1,
             "rank": 1,
+            "full": (),
             "noise": "gaussian",
             "sigma": 0.1,
             "sigma_decay": 1.0,
@@ -58,9 +60,9 @@ def evolution(
     return config
 
 
-def ppo(env: str, steps: int, *, hidden: tuple[int, ...], **settings) -> ml_collections.ConfigDict:
+def ppo(env: str, batches: int, *, hidden: tuple[int, ...], **settings) -> ml_collections.ConfigDict:
     """PPO, with its settings to taste."""
-    config = _common(env, "ppo", steps, hidden, True)
+    config = _common(env, "ppo", batches, hidden, True)
     config.ppo = ml_collections.ConfigDict(
         {
             "envs": 64,

@@ -102,7 +102,7 @@ def make_strategy(config: ml_collections.ConfigDict) -> eggroll.Strategy:
         rank=c.rank,
         sigma=optax.exponential_decay(c.sigma, 1, c.sigma_decay),
         noise=c.noise,
-        rules=(("", "full"),) if config.method == "openes" else (),
+        rules=(("", "full"),) if config.method == "openes" else tuple((pattern, "full") for pattern in c.full),
         shaping=_SHAPINGS[c.shaping],
         chunk=c.chunk or None,
     )
