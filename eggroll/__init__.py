@@ -1,11 +1,11 @@
 """Evolution strategies with low-rank perturbations (EGGROLL) for any JAX model, unmodified.
 
-    es = eggroll.strategy(optax.adam(1e-2), population=eggroll.crossed(4096), rank=1, sigma=0.05)
-    state = es.init(params, jax.random.key(0))
+es = eggroll.strategy(optax.adam(1e-2), population=eggroll.crossed(4096), rank=1, sigma=0.05)
+state = es.init(params, jax.random.key(0))
 
-    @jax.jit
-    def generation(state, batch):
-        return es.update(state, es.evaluate(state, score, batch))  # score(params, row) -> scalar, higher is better
+@jax.jit
+def generation(state, batch):
+    return es.update(state, es.evaluate(state, score, batch))  # score(params, row) -> scalar, higher is better
 """
 
 from eggroll import fitness, scale

@@ -20,9 +20,7 @@ from eggroll.population import Population
 from kernels import es_update
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("gradient", "step_scale", "metrics"), meta_fields=()
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("gradient", "step_scale", "metrics"), meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """What backprop and evolution both hand to the optimizer.

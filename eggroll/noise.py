@@ -42,6 +42,7 @@ class Leaf:
 
     @property
     def low_rank(self) -> bool:
+        """Whether it gets factors instead of full noise."""
         return self.form not in ("full", "frozen")
 
     def extent(self, letters: str) -> int:
@@ -136,9 +137,7 @@ def seed_words(key: Array) -> tuple[Array, Array]:
     return data[0], data[1]
 
 
-def draw(
-    requests: Sequence[tuple[Leaf, int]], key: Sequence[Array], ids: Array, rank: int, kind: str
-) -> list[Array]:
+def draw(requests: Sequence[tuple[Leaf, int]], key: Sequence[Array], ids: Array, rank: int, kind: str) -> list[Array]:
     """The noise of several leaves for every factor identity in `ids`.
 
     Streams of about one length are drawn in one call, whichever leaf they belong to: a model then compiles a handful of
@@ -160,12 +159,9 @@ def draw(
     drawn: dict[int, Array] = {}
     for length in lengths:
         mine = [i for i, stream in enumerate(streams) if stream.length == length]
-        column = lambda rows: jnp.asarray([row for i in mine for row in rows(streams[i])], jnp.uint32)
-        words = noise_bits.words(
-            (key[0], key[1], column(lambda s: [s.leaf.hash] * s.stacked), key[2]),
-            (ids[..., None], column(lambda s: range(s.stacked)), column(lambda s: [s.role] * s.stacked)),
-            length,
-        )
+        rows = [(s.leaf.hash, layer, s.role) for s in (streams[i] for i in mine) for layer in range(s.stacked)]
+        hashes, layers, roles = np.asarray(rows, np.uint32).T
+        words = noise_bits.words((key[0], key[1], hashes, key[2]), (ids[..., None], layers, roles), length)
         ends = np.cumsum([streams[i].stacked for i in mine])
         drawn |= dict(zip(mine, jnp.split(words, ends[:-1], axis=-2), strict=True))
     return [stream.numbers(drawn[i]) for i, stream in enumerate(streams)]
@@ -186,7 +182,9 @@ def factors(
 
     def side(ids, low_rank_role, full_role, with_full):
         wanted = [leaf.low_rank or (leaf.form == "full" and with_full) for leaf in leaves]
-        requests = [(leaf, low_rank_role if leaf.low_rank else full_role) for leaf, w in zip(leaves, wanted, strict=True) if w]
+        requests = [
+            (leaf, low_rank_role if leaf.low_rank else full_role) for leaf, w in zip(leaves, wanted, strict=True) if w
+        ]
         drawn = iter(draw(requests, key, ids, rank, kind))
         return [next(drawn) if w else None for w in wanted]
 

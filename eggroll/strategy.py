@@ -16,8 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from eggroll import fitness, noise
 from eggroll.estimate import Estimate, gradients
 from eggroll.members import map_members
-from eggroll.perturb import Interpreter, LowRank
 from eggroll.perturb import RULES as PERTURBATION_RULES
+from eggroll.perturb import Interpreter, LowRank
 from eggroll.population import Population
 
 Score = Callable[[Any, Any], Any]
@@ -186,7 +186,11 @@ class Strategy:
         """Spreads members over the mesh: by blocks where there are several, else by rows."""
         if self.mesh is None:
             return ids
-        axes = PartitionSpec(self.mesh.axis_names) if self.population.blocks > 1 else PartitionSpec(None, self.mesh.axis_names)
+        axes = (
+            PartitionSpec(self.mesh.axis_names)
+            if self.population.blocks > 1
+            else PartitionSpec(None, self.mesh.axis_names)
+        )
         return lax.with_sharding_constraint(ids, NamedSharding(self.mesh, axes))
 
     def _draw(self, plan, state: State, rows: Array, columns: Array) -> tuple[list, list]:
@@ -307,9 +311,13 @@ def _scalar(score: Score, has_aux: bool) -> Callable:
 def _check_batch(batch, lead: tuple[int, ...]) -> None:
     shapes = {jax.tree_util.keystr(path): jnp.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(batch)}
     n = len(lead) + 1
-    if not shapes or len({s[:n] for s in shapes.values()}) > 1 or any(len(s) < n or s[: n - 1] != lead for s in shapes.values()):
-        want = "[members, evaluations, ...]" if lead else "[evaluations, ...]"
-        raise ValueError(f"every array of the batch needs the same leading axes {want}{f', members = {lead[0]}' if lead else ''}; got {shapes}")
+    if (
+        not shapes
+        or len({s[:n] for s in shapes.values()}) > 1
+        or any(len(s) < n or s[: n - 1] != lead for s in shapes.values())
+    ):
+        want = f"[members = {lead[0]}, evaluations]" if lead else "[evaluations]"
+        raise ValueError(f"every array of the batch needs the same leading axes {want}; got {shapes}")
 
 
 def _masters(params, master):

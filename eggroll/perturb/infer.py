@@ -208,7 +208,16 @@ def _dynamic_slice(eqn, w, *starts):
 
 _RULES = {
     **dict.fromkeys(
-        ("convert_element_type", "copy", "copy_p", "name", "neg", "reduce_precision", "sharding_constraint", "stop_gradient"),
+        (
+            "convert_element_type",
+            "copy",
+            "copy_p",
+            "name",
+            "neg",
+            "reduce_precision",
+            "sharding_constraint",
+            "stop_gradient",
+        ),
         _moved(_kept),
     ),
     **dict.fromkeys(("rev", "slice", "split", "pad"), _moved(_cut)),

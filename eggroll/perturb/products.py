@@ -34,7 +34,9 @@ def _dot_general(eqn, lhs, rhs):
     first, second = min((factors, factors[::-1]), key=lambda pair: _middle(x_labels, *pair, contracted, sizes)[1])
     middle, _ = _middle(x_labels, first, second, contracted, sizes)
     t = lowrank_matmul.contract(x, x_labels, first[0].astype(x.dtype), first[1], middle)
-    y = lowrank_matmul.contract(t, middle, second[0].astype(t.dtype), second[1], [a for a in out if a in (*middle, *second[1])])
+    y = lowrank_matmul.contract(
+        t, middle, second[0].astype(t.dtype), second[1], [a for a in out if a in (*middle, *second[1])]
+    )
     lacking = [a for a in out if a not in (*middle, *second[1])]  # axes the weight was broadcast along
     return _corrected(base, w, jnp.expand_dims(y, [out.index(a) for a in lacking]))
 
@@ -47,8 +49,10 @@ def _labels(dimension_numbers, lhs_ndim: int, rhs_ndim: int):
     for a, b in zip((*lhs_contract, *lhs_batch), (*rhs_contract, *rhs_batch), strict=True):
         rhs[b] = a
     batch = list(lhs_batch)
-    free = [[a for i, a in enumerate(side) if i not in used] for side, used in
-            ((lhs, (*lhs_contract, *lhs_batch)), (rhs, (*rhs_contract, *rhs_batch)))]
+    free = [
+        [a for i, a in enumerate(side) if i not in used]
+        for side, used in ((lhs, (*lhs_contract, *lhs_batch)), (rhs, (*rhs_contract, *rhs_batch)))
+    ]
     return (lhs, rhs), [*batch, *free[0], *free[1]], set(lhs_contract)
 
 
@@ -76,7 +80,9 @@ def _gather(eqn, operand, indices):
     if dims.operand_batching_dims:
         return NotImplemented
     base = eqn.primitive.bind(operand.base, indices, **p)
-    left, right = (_gather_factor(eqn, operand, factor, indices, base.shape) for factor in (operand.left, operand.right))
+    left, right = (
+        _gather_factor(eqn, operand, factor, indices, base.shape) for factor in (operand.left, operand.right)
+    )
     return dataclasses.replace(operand, base=base, left=left, right=right, gathered=True)
 
 
@@ -99,7 +105,13 @@ def _gather_factor(eqn, w: LowRank, factor: Array, indices: Array, out_shape: tu
         start_index_map=dims.start_index_map,
     )
     return lax.gather(
-        factor, indices * keep, with_rank, sizes, unique_indices=False, mode=p["mode"], fill_value=p["fill_value"],
+        factor,
+        indices * keep,
+        with_rank,
+        sizes,
+        unique_indices=False,
+        mode=p["mode"],
+        fill_value=p["fill_value"],
         indices_are_sorted=p["indices_are_sorted"],
     )
 

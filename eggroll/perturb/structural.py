@@ -105,7 +105,9 @@ def _dynamic_slice(eqn, w, *starts):
 
     def sliced(x, extra):
         full = [x.shape[a] == w.shape[a] for a in range(w.ndim)]
-        at = [s if f else jnp.zeros_like(s) for s, f in zip(starts, full, strict=True)] + [jnp.zeros_like(starts[0])] * extra
+        at = [s if f else jnp.zeros_like(s) for s, f in zip(starts, full, strict=True)] + [
+            jnp.zeros_like(starts[0])
+        ] * extra
         return lax.dynamic_slice(x, at, [n if f else 1 for n, f in zip(sizes, full, strict=True)] + [w.rank] * extra)
 
     return w.map(sliced)

@@ -41,14 +41,17 @@ class LowRank(Weight):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the base."""
         return self.base.shape
 
     @property
     def ndim(self) -> int:
+        """Of the base."""
         return self.base.ndim
 
     @property
     def rank(self) -> int:
+        """r."""
         return self.left.shape[-1]
 
     @property
@@ -62,6 +65,7 @@ class LowRank(Weight):
         return jnp.broadcast_to(self.scale * outer, self.shape)
 
     def resolve(self) -> Array:
+        """base + perturbation, in the base's type."""
         return self.base + self.perturbation().astype(self.base.dtype)
 
     def leading(self):
@@ -74,4 +78,3 @@ class LowRank(Weight):
     def map(self, fn) -> "LowRank":
         """Applies a structural operation: fn(array, trailing) on base (trailing 0) and factors (trailing 1, the rank axis)."""
         return dataclasses.replace(self, base=fn(self.base, 0), left=fn(self.left, 1), right=fn(self.right, 1))
-

@@ -22,7 +22,10 @@ def update(weights: Array, left: Array, right: Array) -> Array:
     Raises:
         ValueError: shapes that do not fit.
     """
-    expected = (*weights.shape[:2], *left.shape[2:]), (weights.shape[0], weights.shape[2], *left.shape[2:4], right.shape[-1])
+    expected = (
+        (*weights.shape[:2], *left.shape[2:]),
+        (weights.shape[0], weights.shape[2], *left.shape[2:4], right.shape[-1]),
+    )
     if weights.ndim != 3 or (left.shape, right.shape) != expected:
         raise ValueError(
             f"update needs weights [G, P, Q], left [G, P, S, r, m] and right [G, Q, S, r, n]; got {weights.shape}, "

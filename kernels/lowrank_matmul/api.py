@@ -7,7 +7,9 @@ from jax import Array
 from kernels.lowrank_matmul import reference
 
 
-def contract(x: Array, x_labels: Sequence[int], factor: Array, factor_labels: Sequence[int], out: Sequence[int]) -> Array:
+def contract(
+    x: Array, x_labels: Sequence[int], factor: Array, factor_labels: Sequence[int], out: Sequence[int]
+) -> Array:
     """Einstein sum of two operands over every label not in `out`.
 
     The correction of y = x W^T by a rank-r perturbation A B^T is two of these: t = x B (labels of B's rows summed), then

@@ -6,7 +6,9 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def contract(x: Array, x_labels: Sequence[int], factor: Array, factor_labels: Sequence[int], out: Sequence[int]) -> Array:
+def contract(
+    x: Array, x_labels: Sequence[int], factor: Array, factor_labels: Sequence[int], out: Sequence[int]
+) -> Array:
     """Einstein sum over every label not in `out`; a plain product where nothing is summed."""
     dtype = jnp.promote_types(jnp.result_type(x, factor), jnp.float32)
     summed = {*x_labels, *factor_labels} - {*out}

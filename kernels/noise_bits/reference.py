@@ -70,14 +70,15 @@ def words(key: Sequence[ArrayLike], stream: Sequence[ArrayLike], count: int) -> 
     On a CPU the hash sits in a conditional that is always taken, because XLA would otherwise fuse it into whatever reads
     the words and hash again at every read (32 times for packed bits); XLA drops an optimization barrier before it fuses.
     """
-    shape = jnp.broadcast_shapes(*(jnp.shape(word) for word in (*key, *stream))) + (count,)
+    key, stream = (tuple(jnp.asarray(word, jnp.uint32) for word in part) for part in (key, stream))
+    shape = jnp.broadcast_shapes(*(word.shape for word in (*key, *stream))) + (count,)
     draw = lambda key, stream: _words(key, stream, count)
 
     def drawn_once(key, stream):
-        taken = jnp.ravel(jnp.asarray(key[0], jnp.uint32))[0] | np.uint32(1)
+        taken = jnp.ravel(key[0])[0] | np.uint32(1)
         return lax.cond(taken != 0, draw, lambda key, stream: jnp.zeros(shape, jnp.uint32), key, stream)
 
-    return lax.platform_dependent(tuple(key), tuple(stream), cpu=drawn_once, default=draw)
+    return lax.platform_dependent(key, stream, cpu=drawn_once, default=draw)
 
 
 def gaussian(bits: jnp.ndarray) -> jnp.ndarray:
