@@ -1,7 +1,22 @@
-"""Handwritten digits without backprop, and backprop on the same network, data order and optimizer beside it.
+"""Handwritten digits without backprop, and backprop on the same network, minibatches and optimizer beside it.
 
-python -m experiments.pretrain --config=configs/digits.py --workdir=runs/digits
-python -m experiments.pretrain --config=configs/digits.py:backprop --workdir=runs/digits_backprop
+    python -m experiments.pretrain --config=configs/digits.py --workdir=runs/digits
+    python -m experiments.pretrain --config=configs/digits.py:backprop --workdir=runs/digits_backprop
+
+Data: scikit-learn's 1,797 images of 8 x 8 pixels, a fixed stratified split of 1,437 to train on and 360 to test on.
+Network: 64-64-64-10, ReLU. 600 steps of 64 images, Adam with a cosine decay from 0.02. EGGROLL perturbs all 8,970
+parameters, 1,024 members in one crossed grid of 32 x 32, rank 1, sigma 0.05; its fitness is minus the cross-entropy.
+
+Test accuracy in % for `--config.seed=0` to 4, and the time of one whole command with imports and compilation on 2 CPU
+cores (18 s of EGGROLL's are steps, mostly on one core):
+
+| variant  | 0     | 1     | 2     | 3     | 4     | mean of 0-2 | mean of 0-4 | seconds |
+|----------|-------|-------|-------|-------|-------|-------------|-------------|---------|
+| eggroll  | 97.78 | 97.78 | 97.78 | 96.67 | 96.39 | 97.78       | 97.28       | 23      |
+| backprop | 96.67 | 98.06 | 97.50 | 97.78 | 98.06 | 97.41       | 97.61       | 6       |
+
+One test image is 0.28 %, so read the two as equal. Longer training fits the training set perfectly and generalises
+slightly worse: with `--config.steps=1200` the means of the five seeds are 96.67 and 97.72.
 """
 
 import ml_collections
