@@ -166,24 +166,35 @@ def _scan(interpreter: Interpreter, eqn: core.JaxprEqn, inputs: list) -> list:
 def _while(interpreter: Interpreter, eqn: core.JaxprEqn, inputs: list) -> list:
     p = eqn.params
     cond_consts, body_consts, init = _split(inputs, p["cond_nconsts"], p["body_nconsts"])
+    # A weight carried unchanged stays out of the loop: under vmap a condition that differs between members batches the carry.
+    before, after = p["body_jaxpr"].jaxpr.invars[len(body_consts) :], p["body_jaxpr"].jaxpr.outvars
+    fixed = [is_weight(x) and a is b for x, a, b in zip(init, before, after, strict=True)]
+    full = lambda carry: _merged(fixed, init, carry)
+    moving = lambda values: [x for x, f in zip(values, fixed, strict=True) if not f]
 
     def body(carry):
-        outs = interpreter.run(p["body_jaxpr"], [*body_consts, *carry])
-        return [_same(interpreter, a, b, "while") for a, b in zip(carry, outs, strict=True)]
+        outs = interpreter.run(p["body_jaxpr"], [*body_consts, *full(carry)])
+        return [_same(interpreter, a, b, "while") for a, b in zip(carry, moving(outs), strict=True)]
 
     def condition(carry):
-        return interpreter.settle(interpreter.run(p["cond_jaxpr"], [*cond_consts, *carry])[0], "while")
+        return interpreter.settle(interpreter.run(p["cond_jaxpr"], [*cond_consts, *full(carry)])[0], "while")
 
-    return list(lax.while_loop(condition, body, init))
+    return full(lax.while_loop(condition, body, moving(init)))
+
+
+def _merged(fixed: list[bool], init: list, carry: list) -> list:
+    rest = iter(carry)
+    return [x if f else next(rest) for x, f in zip(init, fixed, strict=True)]
 
 
 def _cond(interpreter: Interpreter, eqn: core.JaxprEqn, inputs: list) -> list:
+    """Runs every branch and selects: a branch that differs between members is run so by `vmap` in any case, which would
+    also copy the weights that enter it for every member."""
     index, *operands = inputs
-
-    def branch(jaxpr):
-        return lambda *args: [interpreter.settle(out, "cond") for out in interpreter.run(jaxpr, args)]
-
-    return list(lax.switch(index, [branch(jaxpr) for jaxpr in eqn.params["branches"]], *operands))
+    branches = eqn.params["branches"]
+    outs = [[interpreter.settle(out, "cond") for out in interpreter.run(jaxpr, operands)] for jaxpr in branches]
+    which = index.astype(bool) if len(branches) == 2 else index
+    return [lax.select_n(which, *results) for results in zip(*outs, strict=True)]
 
 
 _CONTROL = {"scan": _scan, "while": _while, "cond": _cond}
