@@ -23,7 +23,7 @@ SHAPERS = {
     "group": PER_GROUP["group"],
     "pair_sign": fitness.pair_sign,
 }
-PROPERTY = hypothesis.settings(max_examples=50, deadline=None, derandomize=True)
+PROPERTY = hypothesis.settings(max_examples=30, deadline=None, derandomize=True)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2), static_argnames="groups")

@@ -54,20 +54,20 @@ def product_characteristic(factors):
     return phi
 
 
-def cosine_coefficients(function):
-    """x f(x) = sum_k c_k cos(pi k x / HALF_PERIOD) on [-HALF_PERIOD, HALF_PERIOD] for odd f."""
+def cosine_coefficients(functions):
+    """x f(x) = sum_k c_k cos(pi k x / HALF_PERIOD) on [-HALF_PERIOD, HALF_PERIOD] for each odd f. [functions, TERMS]"""
     node, weight = panels(np.linspace(0, HALF_PERIOD, 1501), 12)
-    values = weight * node * function(node)
+    values = np.stack([weight * node * function(node) for function in functions], axis=1)
     k = np.arange(TERMS)
     coefficients = np.concatenate(
         [np.cos(np.multiply.outer(chunk, node) * (np.pi / HALF_PERIOD)) @ values for chunk in np.array_split(k, 24)]
     )
-    return coefficients * np.where(k == 0, 1, 2) / HALF_PERIOD
+    return coefficients.T * np.where(k == 0, 1, 2) / HALF_PERIOD
 
 
 @pytest.fixture(scope="module")
 def coefficients():
-    return {name: cosine_coefficients(function) for name, function in FUNCTIONS.items()}
+    return dict(zip(FUNCTIONS, cosine_coefficients(FUNCTIONS.values()), strict=True))
 
 
 def mean_product(coefficients, factors, rank):
