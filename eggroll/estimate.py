@@ -7,6 +7,7 @@ optimizer expects. `eggroll.scale` converts learning rates to and from the other
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,13 +41,15 @@ def direction_weights(fitness: Array, population: Population) -> Array:
     """Weight of each direction in the estimate: [N] -> [G, P, Q].
 
     The two members of a pair share a direction with opposite signs, so its weight is f+ - f-. Inside a crossed block only the
-    interaction of rows and columns correlates with a_i b_j^T, so row and column means are removed.
+    interaction of rows and columns correlates with a_i b_j^T, so row and column means are removed, and P/(P-1) Q/(Q-1) keeps
+    the estimate unbiased.
     """
     grid = population.grid(fitness)
     weights = grid[..., 0] - grid[..., 1] if population.signs == 2 else grid[..., 0]
     if population.rows > 1 and population.columns > 1:
         weights = weights - weights.mean(axis=1, keepdims=True)
         weights = weights - weights.mean(axis=2, keepdims=True)
+        weights = weights * (population.rows / (population.rows - 1) * population.columns / (population.columns - 1))
     return weights
 
 
@@ -98,10 +101,17 @@ def gradients(
     per_block = population.size // population.blocks
     step = population.blocks if chunk is None else max(1, min(chunk // per_block, population.blocks))
     sums = _summed(block_sum, (weights, row_ids, column_ids), step)
-    totals = iter(sums)
-    scale = 1 / (population.size * sigma)
-    normal = {True: scale / jnp.sqrt(jnp.float32(rank)), False: scale}
-    return [None if leaf.form == "frozen" else next(totals) * normal[leaf.low_rank] for leaf in plan]
+    scaled = {
+        leaf.path: total / (population.size * _spread(leaf, sigma, rank))
+        for leaf, total in zip(active, sums, strict=True)
+    }
+    return [scaled.get(leaf.path) for leaf in plan]
+
+
+def _spread(leaf: Leaf, sigma: Array, rank: int) -> Array:
+    """sigma * sqrt(r) for factors, sigma for full noise, in the accumulator's type."""
+    sigma = sigma.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+    return sigma * math.sqrt(rank) if leaf.low_rank else sigma
 
 
 def _summed(fn: Callable, xs, size: int):

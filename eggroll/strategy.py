@@ -113,7 +113,7 @@ class Strategy:
         row, column, sign = self.population.coordinates(jnp.asarray(member))
         plan = self._plan(state.params)
         lefts, rights = self._draw(plan, state, row.astype(jnp.uint32), column.astype(jnp.uint32))
-        params = self._perturbed(plan, state, lefts, rights, 1.0 - 2.0 * sign.astype(jnp.float32))
+        params = self._perturbed(plan, state, lefts, rights, 1 - 2 * sign.astype(jnp.float32))
         return jax.tree.map(lambda x: x.resolve() if isinstance(x, LowRank) else x, params, is_leaf=_is_low_rank)
 
     def estimate(self, state: State, scores: Array, **context) -> Estimate:
@@ -203,16 +203,16 @@ class Strategy:
     def _perturbed(self, plan, state: State, lefts: list, rights: list, sign: Array):
         """One member's parameters: low-rank weights as factors, full ones as arrays."""
         leaves, tree = jax.tree.flatten(state.params)
-        step = sign * self._sigma(state)
-        scale = step / math.sqrt(self.rank)
+        sigma = self._sigma(state)
 
         def member(leaf, base, left, right):
             if leaf.form == "frozen":
                 return base
-            wide = jnp.promote_types(base.dtype, jnp.float32)
+            wide = lambda x: x.astype(jnp.promote_types(base.dtype, jnp.float32))
+            step = wide(sign) * wide(sigma)
             if leaf.low_rank:
-                return LowRank(base, left.astype(wide), right.astype(wide), scale.astype(wide), leaf.path)
-            full = left if right is None else left * right
+                return LowRank(base, wide(left), wide(right), step / math.sqrt(self.rank), leaf.path)
+            full = wide(left) if right is None else wide(left) * wide(right)
             return base + (step * full).astype(base.dtype)
 
         return jax.tree.unflatten(tree, [member(*x) for x in zip(plan, leaves, lefts, rights, strict=True)])

@@ -176,10 +176,14 @@ def test_no_perturbation_is_formed():
 
 @pytest.mark.parametrize(
     ("fn", "operation"),
-    [(lambda x, w: x @ jnp.tanh(w), "tanh"), (lambda x, w: x @ (w @ w), "dot_general"), (lambda x, w: w, "the function's output"),
-     (lambda x, w: lax.scan(lambda c, _: (jnp.tanh(c), None), w, None, length=2)[0] @ x.T, "tanh"),
-     (lambda x, w: lax.scan(lambda c, _: (x[:4], None), w, None, length=2)[0], "scan")],
-)  # fmt: skip
+    [
+        (lambda x, w: x @ jnp.tanh(w), "tanh"),
+        (lambda x, w: x @ (w @ w), "dot_general"),
+        (lambda x, w: w, "the function's output"),
+        (lambda x, w: lax.scan(lambda c, _: (jnp.tanh(c), None), w, None, length=2)[0], "tanh"),
+        (lambda x, w: lax.scan(lambda c, _: (x[:4], None), w, None, length=2)[0], "scan"),
+    ],
+)
 def test_no_rule_is_an_error_that_names_leaf_and_operation(fn, operation):
     w = weight("io", 4, 4, path="block/kernel")
     with pytest.raises(eggroll.PerturbationError) as error:

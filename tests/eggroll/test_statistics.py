@@ -177,22 +177,21 @@ def test_cubic_bias_of_full_rank_noise():
 
 
 def centred_wishart(count, size, kurtosis):
-    """c with E[C^2] = c I, C = A^T H A / count, H the centring matrix, A [count, size] of iid entries."""
+    """c with E[C^2] = c I, C = A^T H A / (count - 1), H the centring matrix, A [count, size] of iid entries."""
     degrees = count - 1
     fourth = degrees**2 + 2 * degrees + (kurtosis - 3) * degrees**2 / count
-    return ((size - 1) * degrees + fourth) / count**2
+    return ((size - 1) * degrees + fourth) / degrees**2
 
 
 @pytest.mark.parametrize("kind", KURTOSIS)
 def test_crossed_population_mean_and_second_moment_of_a_matrix(kind):
-    """Centring shrinks the mean to (1 - 1/P)(1 - 1/Q); without it the second moment has factors 1 + (m + k - 2)/P."""
+    """Centring costs one row and one column: P - 1 for P in the second moment (1 + (m+1)/P)(1 + (n+1)/Q) of Gaussians."""
     rows, columns, k = 8, 10, KURTOSIS[kind]
     measured = estimates(
         linear, jnp.zeros((6, 4)), 30_000, population=eggroll.crossed(80, rows=rows), sigma=0.3, noise=kind
     )
     squared = float(jnp.sum(GRADIENT**2))
-    mean = (1 - 1 / rows) * (1 - 1 / columns)
-    assert_mean((measured * np.asarray(GRADIENT)).sum(axis=(1, 2)) / squared, mean, 0.02)
+    assert_mean((measured * np.asarray(GRADIENT)).sum(axis=(1, 2)) / squared, 1, 0.02)
     # the weight is [inputs 6, outputs 4]; rows carry the output factor
     expected = centred_wishart(rows, 4, k) * centred_wishart(columns, 6, k)
     assert_mean((measured**2).sum(axis=(1, 2)) / squared, expected, 0.06)
@@ -201,8 +200,7 @@ def test_crossed_population_mean_and_second_moment_of_a_matrix(kind):
 def test_the_centred_formula_tends_to_the_published_one():
     for count in (10**3, 10**5):
         assert centred_wishart(count, 7, 3) == pytest.approx(1 + 8 / count, abs=10 / count)
-    exact = (1 - 1 / 10**5) ** 2 * (1 + 8 / (10**5 - 1))
-    assert centred_wishart(10**5, 7, 3) == pytest.approx(exact, rel=1e-9)
+    assert centred_wishart(10, 7, 3) == pytest.approx(1 + 8 / 9, rel=1e-12)
 
 
 @pytest.mark.parametrize("signs", [1, 2])
@@ -212,14 +210,14 @@ def test_crossed_blocks_and_signs(signs, blocks):
     rows, columns, k = 4, 6, KURTOSIS["gaussian"]
     population = eggroll.Population(blocks, rows, columns, signs)
     measured = estimates(linear, jnp.zeros((6, 4)), 20_000, population=population, sigma=0.3)
-    squared, mean = float(jnp.sum(GRADIENT**2)), (1 - 1 / rows) * (1 - 1 / columns)
-    expected = mean**2 + (centred_wishart(rows, 4, k) * centred_wishart(columns, 6, k) - mean**2) / blocks
-    assert_mean((measured * np.asarray(GRADIENT)).sum(axis=(1, 2)) / squared, mean, 0.05)
+    squared = float(jnp.sum(GRADIENT**2))
+    expected = 1 + (centred_wishart(rows, 4, k) * centred_wishart(columns, 6, k) - 1) / blocks
+    assert_mean((measured * np.asarray(GRADIENT)).sum(axis=(1, 2)) / squared, 1, 0.05)
     assert_mean((measured**2).sum(axis=(1, 2)) / squared, expected, 0.15)
 
 
 def test_crossed_population_second_moment_of_a_vector():
-    """e_ij = u_i v_j entrywise, v of signs: C = (U^T H U / P) * (V^T H V / Q) entrywise."""
+    """e_ij = u_i v_j entrywise, v of signs: C = (U^T H U / (P-1)) * (V^T H V / (Q-1)) entrywise."""
     rows, columns, size = 8, 10, 12
     gradient = jnp.asarray(np.random.default_rng(3).normal(size=size), jnp.float32)
     measured = estimates(
@@ -230,9 +228,9 @@ def test_crossed_population_second_moment_of_a_vector():
         return centred_wishart(count, 1, kurtosis)
 
     same = diagonal(rows, KURTOSIS["gaussian"]) * diagonal(columns, 1.0)
-    other = (rows - 1) / rows**2 * (columns - 1) / columns**2
+    other = 1 / ((rows - 1) * (columns - 1))
     squared = float(jnp.sum(gradient**2))
-    assert_mean(measured @ np.asarray(gradient) / squared, (1 - 1 / rows) * (1 - 1 / columns), 0.02)
+    assert_mean(measured @ np.asarray(gradient) / squared, 1, 0.02)
     assert_mean((measured**2).sum(axis=1) / squared, same + (size - 1) * other, 0.05)
 
 
