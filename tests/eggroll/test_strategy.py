@@ -269,7 +269,7 @@ def test_a_nan_member_is_counted_and_the_run_goes_on():
     "population", [eggroll.independent(16), eggroll.crossed(64), eggroll.crossed(128, blocks=8)], ids=str
 )
 def test_device_count_does_not_matter_and_work_divides(population, devices):
-    batch = rows(600)  # enough evaluations for the work, not the noise of shared columns, to dominate
+    batch = rows(4000)  # enough evaluations for the work, not the noise of shared columns, to dominate
 
     def run(mesh):
         es = make(population, mesh=mesh)
