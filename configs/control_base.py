@@ -12,6 +12,7 @@ Keys (`steps` are generations of evolution, or batches of PPO):
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import ml_collections
 
@@ -31,11 +32,10 @@ def pick(variant: str, variants: Variants) -> ml_collections.ConfigDict:
 
 
 def evolution(
-    env: str, steps: int, *, hidden: tuple[int, ...], stochastic: bool = False, **es
+    env: str, generations: int, *, hidden: tuple[int, ...], method: str = "eggroll", stochastic: bool = False, **es: Any
 ) -> ml_collections.ConfigDict:
-    """EGGROLL on a crossed population, with `es` keys to taste; `method="openes"` for full-rank noise."""
-    method = es.pop("method", "eggroll")
-    config = _common(env, method, steps, hidden, stochastic)
+    """An evolution run; `es` keys as wanted, `method="openes"` for full-rank noise."""
+    config = _common(env, method, generations, hidden, stochastic)
     config.es = ml_collections.ConfigDict(
         {
             "population": "crossed",
@@ -60,9 +60,9 @@ def evolution(
     return config
 
 
-def ppo(env: str, batches: int, *, hidden: tuple[int, ...], **settings) -> ml_collections.ConfigDict:
-    """PPO, with its settings to taste."""
-    config = _common(env, "ppo", batches, hidden, True)
+def ppo(env: str, batches: int, *, hidden: tuple[int, ...], **settings: Any) -> ml_collections.ConfigDict:
+    """A PPO run, with settings as wanted."""
+    config = _common(env, "ppo", batches, hidden, stochastic=True)
     config.ppo = ml_collections.ConfigDict(
         {
             "envs": 64,

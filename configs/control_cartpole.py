@@ -1,21 +1,84 @@
-"""CartPole-v1."""
+"""CartPole-v1: balance a pole for 500 steps; solved at a mean return of 475.
+
+    python -m experiments.control --config=configs/control_cartpole.py --workdir=runs/cartpole
+
+| variant | what | mean return of seeds 0, 1, 2 | seconds |
+|---|---|---|---|
+| eggroll (default) | crossed population of 256, rank 1 | TBD | TBD |
+
+Source: arXiv 2511.16652, section 6.2; the `paper` variants are its published settings.
+"""
+
+import ml_collections
 
 from configs.control_base import evolution, pick, ppo
 
 ENV = "CartPole-v1"
 
 
-def get_config(variant=""):
-    """The recipe."""
-    return pick(variant, {
-        "eggroll": lambda: _ours(),
-        "eggroll_independent": lambda: _ours(population="independent"),
-        "eggroll_rank4": lambda: _ours(rank=4, full=("Dense_2/kernel",)),
-        "openes": lambda: _ours(method="openes", population="independent"),
-        "ppo": lambda: ppo(ENV, 40, hidden=(64, 64), learning_rate=1e-3, envs=32, steps=128, minibatches=16),
-        "paper": lambda: evolution(ENV, 100, hidden=(256, 256, 256), stochastic=True, population="antithetic", members=2048, rank=4, full=("Dense_3/kernel",),
-           optimizer="sgd", learning_rate=0.1, learning_rate_decay=0.9995, sigma=0.2, sigma_decay=0.999, episodes=1),
-    })
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    """The recipe; variants as in the table above."""
+    return pick(
+        variant,
+        {
+            "eggroll": _ours,
+            "eggroll_independent": lambda: _ours(population="independent"),
+            # The last layer has two outputs, fewer than the rank.
+            "eggroll_rank4": lambda: _ours(rank=4, full=("Dense_2/kernel",)),
+            "openes": lambda: _ours(method="openes", population="independent"),
+            "ppo": lambda: ppo(ENV, 40, hidden=(64, 64), envs=32, steps=128, minibatches=16, learning_rate=1e-3),
+            "paper": _paper,
+            "paper_openes": _paper_openes,
+            "paper_ppo": _paper_ppo,
+        },
+    )
 
-def _ours(**es):
-    return evolution(ENV, 40, hidden=(64, 64), **({"members": 256, "sigma": 0.2, "learning_rate": 0.05} | es))
+
+def _ours(**changes) -> ml_collections.ConfigDict:
+    return evolution(ENV, 40, hidden=(64, 64), **{"members": 256, "sigma": 0.2, "learning_rate": 0.05, **changes})
+
+
+def _paper() -> ml_collections.ConfigDict:
+    members, sigma, sigma_decay = 2048, 0.2, 0.999
+    return evolution(
+        ENV,
+        100,
+        hidden=(256, 256, 256),
+        stochastic=True,
+        population="antithetic",
+        members=members,
+        rank=4,
+        full=("Dense_3/kernel",),  # two outputs, fewer than the rank
+        sigma=sigma,
+        sigma_decay=sigma_decay,
+        optimizer="sgd",
+        # Published as 0.1 with decay 0.9995, read in the convention of the authors' library, whose plain-gradient step
+        # is lr * sigma^2 * sqrt(members) in ours (`eggroll.convert_learning_rate`).
+        learning_rate=0.1 * sigma**2 * members**0.5,
+        learning_rate_decay=0.9995 * sigma_decay**2,
+    )
+
+
+def _paper_openes() -> ml_collections.ConfigDict:
+    return evolution(
+        ENV,
+        100,
+        hidden=(256, 256, 256),
+        method="openes",
+        population="antithetic",
+        members=512,
+        episodes=4,
+        sigma=0.5,
+        sigma_decay=0.9995,
+        shaping="centred_rank",
+        optimizer="adamw",
+        learning_rate=0.1,
+        learning_rate_decay=0.9995,
+    )
+
+
+def _paper_ppo() -> ml_collections.ConfigDict:
+    return ppo(
+        ENV, 10, hidden=(256, 256, 256), envs=256, steps=128, epochs=4, minibatches=32, learning_rate=3e-4,
+        discount=0.995, gae=0.9, clip=0.2, entropy=1e-4, value=0.5, max_grad_norm=0.5,
+    )  # fmt: skip

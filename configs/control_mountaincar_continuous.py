@@ -1,0 +1,25 @@
+"""MountainCarContinuous-v0: gather momentum to climb out of a valley; solved at a mean return of 90.
+
+    python -m experiments.control --config=configs/control_mountaincar_continuous.py --workdir=runs/mountaincar
+
+TBD
+The reward is 100 at the goal and minus the energy spent on the way: noise in the parameters, which lasts for an
+episode, explores where noise in the actions does not.
+"""
+
+import ml_collections
+
+from configs.control_base import evolution, pick
+
+ENV = "MountainCarContinuous-v0"
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    """The recipe, with the one variant eggroll."""
+    return pick(variant, {"eggroll": _ours})
+
+
+def _ours() -> ml_collections.ConfigDict:
+    return evolution(
+        ENV, 60, hidden=(64, 64), members=256, sigma=0.5, sigma_decay=0.97, learning_rate=0.1, learning_rate_decay=0.97
+    )
