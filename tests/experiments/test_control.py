@@ -1,0 +1,221 @@
+"""Control experiments: the command, its results, resuming, configs, and the three methods on one environment."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import eggroll
+from experiments import control
+from rl import config as config_lib
+from rl import envs
+from rl.control import evolution, ppo
+
+ROOT = Path(__file__).parents[2]
+TINY = ["max_steps=25", "eval_episodes=8", "eval_every=2", "save_every=2", "policy.hidden=(8,)"]
+TINY_ES = [*TINY, "es.members=16", "steps=4"]
+TINY_PPO = [*TINY, "ppo.envs=4", "ppo.steps=16", "ppo.minibatches=4", "ppo.epochs=2", "steps=3"]
+ENVIRONMENTS = {
+    "acrobot": "Acrobot-v1",
+    "ant": "brax/ant",
+    "cartpole": "CartPole-v1",
+    "minatar": "Breakout-MinAtar",
+    "mountaincar_continuous": "MountainCarContinuous-v0",
+    "pendulum": "Pendulum-v1",
+}
+
+
+def load(name, overrides=()):
+    file, _, variant = name.partition(":")
+    return config_lib.load(f"{ROOT}/configs/control_{file}.py:{variant}", overrides)
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def variants(name):
+    with pytest.raises(config_lib.ConfigError, match="unknown variant 'nonsense'; known: ") as error:
+        load(f"{name}:nonsense")
+    return str(error.value).rpartition("known: ")[2].split("\n")[0].split(", ")
+
+
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_every_variant_loads(name):
+    assert sorted(path.stem for path in (ROOT / "configs").glob("control_*.py")) == sorted(
+        ["control_base", *(f"control_{name}" for name in ENVIRONMENTS)]
+    )
+    known = variants(name)
+    assert known[0] == "eggroll" and load(name) == load(f"{name}:eggroll")
+    for variant in known:
+        config = load(f"{name}:{variant}")
+        assert config.env == ENVIRONMENTS[name] and config.method in control.METHODS
+        if config.method == "ppo":
+            ppo.Settings(**config.ppo.to_dict())
+        else:
+            assert control.make_strategy(config).population.size == config.es.members
+    if name in ("cartpole", "pendulum"):
+        compared = {"eggroll", "eggroll_independent", "eggroll_rank4", "openes", "ppo"}
+        assert compared | {"paper", "paper_openes", "paper_ppo"} == set(known)
+
+
+def test_published_settings():
+    cartpole, pendulum = load("cartpole:paper"), load("pendulum:paper")
+    assert cartpole.policy.hidden == pendulum.policy.hidden == (256, 256, 256)
+    # table: lr 0.1 (the authors' convention), decay 0.9995, sigma 0.2, decay 0.999, 2,048 members, rank 4, sgd
+    converted = eggroll.convert_learning_rate(
+        cartpole.es.learning_rate, source="textbook", target="hyperscale", sigma=0.2, members=2048
+    )
+    np.testing.assert_allclose(converted, 0.1, rtol=1e-12)
+    assert (cartpole.es.members, cartpole.es.rank, cartpole.es.optimizer) == (2048, 4, "sgd")
+    assert (pendulum.es.members, pendulum.es.learning_rate, pendulum.es.sigma_decay) == (4096, 0.01, 0.995)
+    assert load("ant:paper").es.sigma == 0.05 and load("ant:paper_ppo").ppo.discount == 0.995
+    # Decays are per generation: after 100 of them sigma is 0.2 * 0.999 ** 100.
+    np.testing.assert_allclose(control.make_strategy(cartpole).sigma(100), 0.2 * 0.999**100, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("method='a2c'", "unknown method 'a2c'; known: eggroll, openes, ppo"),
+        ("es.optimizer='lion'", "unknown es.optimizer 'lion'; known: adam, adamw, sgd"),
+        ("es.shaping='rank'", "unknown es.shaping 'rank'; known: zscore"),
+        ("es.population='grid'", "unknown es.population 'grid'; known: crossed, antithetic, independent"),
+        ("es.members=17", "17 members"),
+        ("es.rank=3", "rank 3 > 2"),
+    ],
+)
+def test_bad_settings_are_one_clear_error(override, message):
+    config = load("cartpole", [override.replace("'", "")])
+    with pytest.raises(config_lib.ConfigError, match=message):
+        control.make_learner(config, envs.make(config.env))
+
+
+@pytest.mark.parametrize("variant", ["eggroll", "openes", "ppo"])
+def test_run_resume_and_result(variant, tmp_path):
+    overrides = TINY_PPO if variant == "ppo" else TINY_ES
+    result = control.train(load(f"cartpole:{variant}", overrides), tmp_path / "whole")
+    metrics = rows(tmp_path / "whole" / "metrics.jsonl")
+    steps = 3 if variant == "ppo" else 4
+    assert [row["step"] for row in metrics] == list(range(1, steps + 1))
+    assert [row["step"] for row in metrics if "eval_return" in row] == sorted({2, steps})
+    assert json.loads((tmp_path / "whole" / "result.json").read_text()) == result
+    assert (result["method"], result["episodes"], result["env_steps"]) == (variant, 8, metrics[-1]["env_steps"])
+    assert 8 <= result["return_min"] <= result["return_mean"] <= 25 and result["seconds"] > 0
+    if variant == "ppo":
+        assert result["env_steps"] == 3 * 4 * 16
+    else:
+        # In CartPole the return of an episode is its length.
+        np.testing.assert_allclose(metrics[0]["env_steps"], 16 * metrics[0]["fitness_mean"], rtol=1e-6)
+        assert metrics[0]["length_mean"] == metrics[0]["fitness_mean"]
+    # Resuming a finished run changes nothing but the clock.
+    again = control.train(load(f"cartpole:{variant}", overrides), tmp_path / "whole")
+    assert again == result and rows(tmp_path / "whole" / "metrics.jsonl") == metrics
+
+
+@pytest.mark.parametrize("variant", ["eggroll", "ppo"])
+def test_the_step_compiles_once_and_depends_on_the_seed_alone(variant):
+    def train(seed):
+        config = load(f"pendulum:{variant}", [*(TINY_PPO if variant == "ppo" else TINY_ES), f"seed={seed}"])
+        learner = control.make_learner(config, envs.make(config.env, 25))
+        state = learner.state
+        for _ in range(3):
+            state, metrics = learner.step(state)
+        assert learner.step._cache_size() == 1
+        return [np.asarray(x) for x in jax.tree.leaves(learner.actor(state))]
+
+    first, same, other = train(0), train(0), train(1)
+    assert all(np.array_equal(a, b) for a, b in zip(first, same, strict=True))
+    assert any(not np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_common_random_numbers_and_episodes_of_their_own():
+    env = envs.make("CartPole-v1", max_steps=60)
+
+    def one_generation(**changes):
+        overrides = [*TINY_ES, "es.sigma=1e-9", "es.episodes=3", *(f"es.{k}={v}" for k, v in changes.items())]
+        learner = control.make_learner(load("cartpole", overrides), env)
+        state, metrics = learner.step(learner.state)
+        return metrics, state
+
+    shared, state = one_generation()
+    # Without noise in the parameters, members that play the same episodes score the same.
+    assert float(shared["fitness_std"]) > 0 and int(shared["dead_groups"]) == 3
+    own, _ = one_generation(common_random_numbers=False)
+    assert int(own["dead_groups"]) == 0
+    # All members' observations were counted.
+    assert float(state.normalizer.count) == int(shared["env_steps"]) > 3 * 16 * 8
+
+
+def test_a_member_without_a_finite_return_is_counted_and_the_rest_goes_on():
+    """A reward that is undefined where the action is large."""
+    kind = envs.Continuous((-1.0,), (1.0,))
+
+    def step(key, state, action):
+        reward = jnp.where(action[0] > 0.3, jnp.nan, -jnp.square(action[0] - 0.2))
+        return state, state, reward, jnp.bool_(False)
+
+    env = envs.Env("partial", 1, kind, 2, lambda key: (jnp.ones(1), jnp.ones(1)), step)
+    learner = control.make_learner(load("pendulum", [*TINY_ES, "es.sigma=0.5", "es.members=64"]), env)
+    state, metrics = learner.step(learner.state)
+    assert 0 < int(metrics["finite_members"]) < 64
+    leaves = jax.tree.leaves((learner.actor(state), state.normalizer))
+    assert all(bool(np.isfinite(leaf).all()) for leaf in leaves)
+
+
+def test_evolution_learns_a_line():
+    """One step, reward -(a - 0.5) ** 2: the optimum is known."""
+    kind = envs.Continuous((-1.0,), (1.0,))
+    reset = lambda key: (jnp.ones(1), jnp.ones(1))  # noqa: E731
+    step = lambda key, s, a: (s, s, -jnp.square(a[0] - 0.5), jnp.bool_(True))  # noqa: E731
+    env = envs.Env("line", 1, kind, 1, reset, step)
+    for method in ("eggroll", "openes"):
+        config = load(f"pendulum:{method}", [*TINY_ES, "es.members=64", "policy.normalize_observations=False"])
+        learner = control.make_learner(config, env)
+        state = learner.state
+        for _ in range(60):
+            state, metrics = learner.step(state)
+        assert isinstance(state, evolution.State) and state.normalizer is None
+        action = learner.policy.apply(learner.actor(state), jnp.ones(1)).location
+        np.testing.assert_allclose(action, [0.5], atol=0.05, err_msg=method)
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.control", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_command(tmp_path):
+    config = "--config=configs/control_cartpole.py"
+    tiny = [f"--config.{override}" for override in TINY_ES]
+    done = command(config, f"--workdir={tmp_path / 'run'}", *tiny)
+    assert done.returncode == 0, done.stderr
+    assert "mean return" in done.stdout and "over 8 fresh episodes" in done.stdout
+    assert (tmp_path / "run" / "plot.png").read_bytes().startswith(b"\x89PNG")
+    mistyped = command(config, f"--workdir={tmp_path / 'other'}", "--config.es.lerning_rate=1")
+    assert mistyped.returncode == 2 and "did you mean es.learning_rate" in mistyped.stderr
+    other = command(config, f"--workdir={tmp_path / 'run'}", *tiny, "--config.es.sigma=0.3")
+    assert other.returncode == 2 and "es.sigma" in other.stderr and "Traceback" not in other.stderr
+    nowhere = command(config, f"--workdir={tmp_path / 'x'}", "--config.env=CartPole-v9")
+    assert nowhere.returncode == 2 and "Did you mean CartPole-v1" in nowhere.stderr
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_ant_smoke(tmp_path):
+    pytest.importorskip("brax")
+    result = control.train(
+        load("ant", [*TINY_ES, "max_steps=3", "es.members=4", "steps=2", "eval_episodes=2"]), tmp_path
+    )
+    assert result["env_steps"] == 2 * 4 * 3
+    assert 0 < result["return_mean"] < 9  # about 1 per step for being healthy
