@@ -121,21 +121,28 @@ def default_metric(runs: Sequence[RunData]) -> str:
 
 def draw(curves: Sequence[Curve], x: str, y: str, out: str | Path) -> None:
     """Writes a PNG with every curve and its band."""
+    draw_grid([[(curves, x, y, "")]], out, (7, 4.5))
+
+
+def draw_grid(panels: Sequence[Sequence[tuple[Sequence[Curve], str, str, str]]], out: str | Path, size) -> None:
+    """Writes a PNG of rows of panels, each (curves, x, y, title); size is (width, height) in inches."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for curve in curves:
-        label = f"{curve.label} ({curve.runs} seeds)" if curve.runs > 1 else curve.label
-        (line,) = axes.plot(curve.x, curve.mean, label=label, linewidth=1.5)
-        if curve.runs > 1:
-            axes.fill_between(curve.x, curve.low, curve.high, color=line.get_color(), alpha=0.2, linewidth=0)
-    axes.set_xlabel({"seconds": "wall-clock seconds"}.get(x, x.replace("_", " ")))
-    axes.set_ylabel(y.replace("_", " "))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure, grid = pyplot.subplots(len(panels), len(panels[0]), figsize=size, layout="constrained", squeeze=False)
+    for row, row_axes in zip(panels, grid, strict=True):
+        for (curves, x, y, title), axes in zip(row, row_axes, strict=True):
+            for curve in curves:
+                label = f"{curve.label} ({curve.runs} seeds)" if curve.runs > 1 else curve.label
+                (line,) = axes.plot(curve.x, curve.mean, label=label, linewidth=1.5)
+                if curve.runs > 1:
+                    axes.fill_between(curve.x, curve.low, curve.high, color=line.get_color(), alpha=0.2, linewidth=0)
+            axes.set(xlabel={"seconds": "wall-clock seconds"}.get(x, x.replace("_", " ")), ylabel=y.replace("_", " "))
+            axes.set_title(title)
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize="small")
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=150)
     pyplot.close(figure)
