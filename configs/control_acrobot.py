@@ -7,7 +7,7 @@ TBD
 
 import ml_collections
 
-from configs.control_base import evolution, pick
+from configs.base import evolution, pick
 
 ENV = "Acrobot-v1"
 
@@ -19,5 +19,5 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
 def _ours() -> ml_collections.ConfigDict:
     return evolution(
-        ENV, 40, hidden=(64, 64), members=256, episodes=4, sigma=0.1, learning_rate=0.05, learning_rate_decay=0.96
+        ENV, 40, hidden=(64, 64), members=256, episodes=4, sigma=0.1, learning_rate=0.05, decay=0.96
     )  # fmt: skip

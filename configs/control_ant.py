@@ -9,7 +9,7 @@ Source: arXiv 2511.16652, section 6.2; the `paper` variants are its published se
 
 import ml_collections
 
-from configs.control_base import evolution, pick, ppo
+from configs.base import evolution, pick, ppo
 
 ENV = "brax/ant"
 
@@ -20,10 +20,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         variant,
         {
             "eggroll": _ours,
-            "paper": lambda: _paper(members=2048, learning_rate_decay=0.9995),
-            "paper_openes": lambda: _paper(
-                method="openes", members=512, episodes=8, learning_rate=0.1, learning_rate_decay=0.995
-            ),
+            "paper": lambda: _paper(members=2048, decay=0.9995),
+            "paper_openes": lambda: _paper(method="openes", members=512, episodes=8, learning_rate=0.1, decay=0.995),
             "paper_ppo": _paper_ppo,
         },
     )

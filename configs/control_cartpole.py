@@ -11,7 +11,7 @@ Source: arXiv 2511.16652, section 6.2; the `paper` variants are its published se
 
 import ml_collections
 
-from configs.control_base import evolution, pick, ppo
+from configs.base import evolution, pick, ppo
 
 ENV = "CartPole-v1"
 
@@ -51,11 +51,11 @@ def _paper() -> ml_collections.ConfigDict:
         full=("Dense_3/kernel",),  # two outputs, fewer than the rank
         sigma=sigma,
         sigma_decay=sigma_decay,
-        optimizer="sgd",
+        optimizer_name="sgd",
         # Published as 0.1 with decay 0.9995, read in the convention of the authors' library, whose plain-gradient step
         # is lr * sigma^2 * sqrt(members) in ours (`eggroll.convert_learning_rate`).
         learning_rate=0.1 * sigma**2 * members**0.5,
-        learning_rate_decay=0.9995 * sigma_decay**2,
+        decay=0.9995 * sigma_decay**2,
     )
 
 
@@ -71,9 +71,9 @@ def _paper_openes() -> ml_collections.ConfigDict:
         sigma=0.5,
         sigma_decay=0.9995,
         shaping="centred_rank",
-        optimizer="adamw",
+        optimizer_name="adamw",
         learning_rate=0.1,
-        learning_rate_decay=0.9995,
+        decay=0.9995,
     )
 
 

@@ -7,7 +7,7 @@ TBD
 
 import ml_collections
 
-from configs.control_base import evolution, pick, ppo
+from configs.base import evolution, pick, ppo
 
 ENV = "Breakout-MinAtar"
 

@@ -9,7 +9,7 @@ episode, explores where noise in the actions does not.
 
 import ml_collections
 
-from configs.control_base import evolution, pick
+from configs.base import evolution, pick
 
 ENV = "MountainCarContinuous-v0"
 
@@ -20,6 +20,4 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
 
 def _ours() -> ml_collections.ConfigDict:
-    return evolution(
-        ENV, 60, hidden=(64, 64), members=256, sigma=0.5, sigma_decay=0.97, learning_rate=0.1, learning_rate_decay=0.97
-    )
+    return evolution(ENV, 60, hidden=(64, 64), members=256, sigma=0.5, sigma_decay=0.97, learning_rate=0.1, decay=0.97)

@@ -11,7 +11,7 @@ Source: arXiv 2511.16652, section 6.2; the `paper` variants are its published se
 
 import ml_collections
 
-from configs.control_base import evolution, pick, ppo
+from configs.base import evolution, pick, ppo
 
 ENV = "Pendulum-v1"
 
@@ -30,20 +30,20 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             "paper": lambda: _paper(
                 rank=4, full=("Dense_0/kernel", "Dense_3/kernel"), stochastic=True, sigma_decay=0.995
             ),
-            "paper_openes": lambda: _paper(method="openes", episodes=4, optimizer="adamw"),
+            "paper_openes": lambda: _paper(method="openes", episodes=4, optimizer_name="adamw"),
             "paper_ppo": _paper_ppo,
         },
     )
 
 
 def _ours(**changes) -> ml_collections.ConfigDict:
-    settings = {"members": 1024, "episodes": 2, "sigma": 0.1, "learning_rate": 0.05, "learning_rate_decay": 0.98}
+    settings = {"members": 1024, "episodes": 2, "sigma": 0.1, "learning_rate": 0.05, "decay": 0.98}
     return evolution(ENV, 100, hidden=(64, 64), **(settings | changes))
 
 
 def _paper(**changes) -> ml_collections.ConfigDict:
     settings = {"population": "antithetic", "members": 4096, "sigma": 0.05}
-    rate = {"learning_rate": 0.01, "learning_rate_decay": 0.995}  # of Adam, so whatever the scale of the gradient
+    rate = {"learning_rate": 0.01, "decay": 0.995}  # of Adam, so whatever the scale of the gradient
     return evolution(ENV, 500, hidden=(256, 256, 256), **(settings | rate | changes))
 
 

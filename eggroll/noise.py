@@ -83,7 +83,9 @@ def plan(params, rules: Rules, rank: int) -> tuple[Leaf, ...]:
 
 
 def path_name(path) -> str:
-    """A parameter's path with "/" between keys."""
+    """A parameter's path with "/" between keys; the `.value` of a Flax NNX variable is no part of it."""
+    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 

@@ -108,13 +108,22 @@ class Strategy:
         out = jax.vmap(functools.partial(_scalar(score, has_aux), state.params))(batch)
         return out if has_aux else out[0]
 
+    def uses(self, state: State, score: Score, row) -> list[tuple[str, str, bool]]:
+        """Where low-rank weights are used, without running anything.
+
+        Returns:
+            (leaf path, operation, whether a member forms its whole perturbation there) per use in the traced program; a loop's
+            body counts once. With `materialise`, the entries that are True are the ones that cost memory and speed.
+        """
+        run = Interpreter(PERTURBATION_RULES, self.materialise)
+        member = lambda state: self._one(state, jnp.zeros((), jnp.int32))
+        jax.eval_shape(lambda state, row: run.call(score, member(state), row), state, row)
+        return run.uses
+
     def member_params(self, state: State, member: int | Array):
         """The perturbed parameters of one member, materialised: what `evaluate` runs it with, as plain arrays."""
-        row, column, sign = self.population.coordinates(jnp.asarray(member))
-        plan = self._plan(state.params)
-        lefts, rights = self._draw(plan, state, row.astype(jnp.uint32), column.astype(jnp.uint32))
-        params = self._perturbed(plan, state, lefts, rights, 1 - 2 * sign.astype(jnp.float32))
-        return jax.tree.map(lambda x: x.resolve() if isinstance(x, LowRank) else x, params, is_leaf=_is_low_rank)
+        params = self._one(state, jnp.asarray(member))
+        return jax.tree.map(lambda x: x.resolve() if _is_low_rank(x) else x, params, is_leaf=_is_low_rank)
 
     def estimate(self, state: State, scores: Array, **context) -> Estimate:
         """Descent-sign gradient estimate -(1/(N sigma)) sum_n f_n E_n from raw scores.
@@ -199,6 +208,13 @@ class Strategy:
         parts = noise.factors(plan, self._noise_key(state), rows, columns, self.rank, self.noise, crossed)
         laid = lambda role: lambda leaf, x: noise.unfold(leaf, x, role) if leaf.low_rank else x
         return list(map(laid(noise.LEFT), plan, parts[0])), list(map(laid(noise.RIGHT), plan, parts[1]))
+
+    def _one(self, state: State, member: Array):
+        """One member's parameters, low-rank weights as factors."""
+        row, column, sign = self.population.coordinates(member)
+        plan = self._plan(state.params)
+        lefts, rights = self._draw(plan, state, row.astype(jnp.uint32), column.astype(jnp.uint32))
+        return self._perturbed(plan, state, lefts, rights, 1 - 2 * sign.astype(jnp.float32))
 
     def _perturbed(self, plan, state: State, lefts: list, rights: list, sign: Array):
         """One member's parameters: low-rank weights as factors, full ones as arrays."""

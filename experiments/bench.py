@@ -1,14 +1,15 @@
 """Speed, as ratios inside one run: `python -m experiments.bench CASE [CASE...] [--out=results.jsonl]`.
 
-Each measurement is one JSON object on one line of standard output; everything else goes to standard error. The things compared
-are compiled, warmed up, and then timed in turn, round after round; a value is the ratio of the median seconds.
+Each measurement is one JSON object on one line of standard output; everything else goes to standard error. The things
+compared are compiled, warmed up, and then timed in turn, round after round; a value is the ratio of the median seconds.
 
-| case | measure | what is compared |
-|---|---|---|
-| population_forward | inference_over_forward | five dense layers with bias and relu on N rows: plain, and N perturbed members on one row each, noise drawn included |
-| es_update | update_over_forward | the estimate from N scores (noise drawn again), against that forward |
-| openes | openes_over_eggroll | forward and estimate with full-rank noise, against low-rank noise |
-| control | eggroll_over_evosax | environment steps per second of whole generations, against evosax's OpenES on the same environment, policy and population |
+* population_forward, `inference_over_forward`: five dense layers with bias and relu on N rows, plain, against N perturbed
+  members on one row each, noise drawn included.
+* es_update, `update_over_forward`: the estimate from N scores (noise drawn again), against that forward.
+* openes, `openes_over_eggroll`: forward and estimate with full-rank noise, against low-rank noise. Full-rank members are
+  independent, or antithetic pairs (half the noise).
+* control, `eggroll_over_evosax`: environment steps per second of whole generations, against evosax's OpenES on the same
+  environment, policy and population.
 """
 
 import argparse
@@ -98,17 +99,25 @@ def es_update(repeats: int) -> Iterator[dict[str, Any]]:
 
 
 def openes(repeats: int) -> Iterator[dict[str, Any]]:
-    """Full-rank twin of the same generation; its members' weights are formed a few at a time, or memory would not hold them."""
+    """Full-rank twin of the same generation; its members' weights are formed a few at a time, which is fastest."""
     width, members, repeats = 1024, 256, min(repeats, 2)
-    low = _functions(width, eggroll.crossed(members))
-    full = _functions(width, eggroll.antithetic(members), rules=(("", "full"),), chunk=16)
 
     def generation(fns):
         return lambda: (fns["forward"](), fns["update"]())
 
-    seconds = timed_in_turn({"openes": generation(full), "eggroll": generation(low)}, repeats)
-    setting = {"width": width, "members": members, "rows": 1, "rank": 1, "design": "crossed", "openes_design": "antithetic"}
-    yield _row(setting, "openes_over_eggroll", seconds["openes"] / seconds["eggroll"], seconds, repeats)
+    low = _functions(width, eggroll.crossed(members))
+    for design in ("independent", "antithetic"):
+        full = _functions(width, getattr(eggroll, design)(members), rules=(("", "full"),), chunk=16)
+        seconds = timed_in_turn({"openes": generation(full), "eggroll": generation(low)}, repeats)
+        setting = {
+            "width": width,
+            "members": members,
+            "rows": 1,
+            "rank": 1,
+            "design": "crossed",
+            "openes_design": design,
+        }
+        yield _row(setting, "openes_over_eggroll", seconds["openes"] / seconds["eggroll"], seconds, repeats)
 
 
 def control(repeats: int) -> Iterator[dict[str, Any]]:
@@ -162,7 +171,9 @@ def _evosax_generation(env, policy, params, members: int) -> Callable[[], Any]:
     return lambda: generation(state, jax.random.key(1))
 
 
-def _row(setting: dict[str, Any], measure: str, value: float, seconds: dict[str, float], repeats: int) -> dict[str, Any]:
+def _row(
+    setting: dict[str, Any], measure: str, value: float, seconds: dict[str, float], repeats: int
+) -> dict[str, Any]:
     rounded = {name: round(s, 6) for name, s in seconds.items()}
     return {"setting": setting, "measure": measure, "value": round(value, 3), "seconds": rounded, "repeats": repeats}
 
@@ -170,7 +181,8 @@ def _row(setting: dict[str, Any], measure: str, value: float, seconds: dict[str,
 @functools.cache
 def _machine() -> dict[str, Any]:
     device = jax.devices()[0]
-    name = f"cpu x{len(os.sched_getaffinity(0))}" if device.platform == "cpu" else f"{device.device_kind} x{jax.device_count()}"
+    cpu = device.platform == "cpu"
+    name = f"cpu x{len(os.sched_getaffinity(0))}" if cpu else f"{device.device_kind} x{jax.device_count()}"
     installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
     return {"device": name, "versions": {p: installed[p] for p in _PACKAGES if p in installed}}
 

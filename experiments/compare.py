@@ -1,10 +1,13 @@
-"""EGGROLL, OpenES and PPO side by side: return against environment steps and against seconds.
+"""Recipes side by side, several seeds each: final scores, learning curves, one figure.
 
-    python -m experiments.compare --workdir=runs/compare --out=experiments/results/compare
+    python -m experiments.compare --workdir=runs/compare
+    python -m experiments.compare --workdir=runs/recipes --out=experiments/results/recipes \\
+        configs/control_acrobot.py configs/digits.py configs/digits.py:backprop
 
-Runs every variant of `ENVIRONMENTS` with every seed, one command after the other (about 10 minutes on 2 CPU cores), each as
-`python -m experiments.control` would; runs that are complete are not repeated. Then writes OUT.json (final returns and the
-curves) and OUT.png.
+Runs every CONFIG[:variant] with seeds 0, 1, ... one command after the other, each as its own script would; runs that are
+complete are not repeated. Then writes OUT.json (what each run scored, in how much work and time, and its curve) and
+OUT.png: one row of panels per config file, against work and against seconds. Without arguments: EGGROLL, OpenES and PPO
+on CartPole and Pendulum, about 8 minutes on 2 CPU cores.
 """
 
 import argparse
@@ -13,64 +16,85 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from experiments import plot
 
-ENVIRONMENTS = ("cartpole", "pendulum")
-VARIANTS = {
-    "eggroll": "EGGROLL crossed, rank 1",
-    "eggroll_independent": "EGGROLL independent, rank 1",
-    "eggroll_rank4": "EGGROLL crossed, rank 4",
-    "openes": "OpenES",
-    "ppo": "PPO",
-}
-METRIC = "eval_return"
+DEFAULT = tuple(
+    f"configs/control_{env}.py{variant}"
+    for env in ("cartpole", "pendulum")
+    for variant in ("", ":eggroll_independent", ":eggroll_rank4", ":openes", ":ppo")
+)
+_METRICS = ("eval_return", "test_accuracy")  # of the mean parameters; a run has one of them
+_UNITS = ("env_steps", "examples")
 
 
-def run(workdir: Path, environment: str, variant: str, seed: int) -> Path:
-    """Runs one job unless it has its result; returns its folder."""
-    folder = workdir / f"{environment}_{variant}_{seed}"
+class Finished(NamedTuple):
+    """The runs of one CONFIG[:variant], a seed each."""
+
+    config: str
+    runs: list[plot.RunData]
+
+
+def run(workdir: Path, config: str, seed: int) -> plot.RunData:
+    """Runs one job unless it has its result."""
+    path, _, variant = config.partition(":")
+    folder = workdir / "_".join(filter(None, (Path(path).stem, variant, str(seed))))
     if not (folder / "result.json").is_file():
-        config = f"--config=configs/control_{environment}.py:{variant}"
-        command = [sys.executable, "-m", "experiments.control", config, f"--workdir={folder}", f"--config.seed={seed}"]
-        print(" ".join(command[1:]), file=sys.stderr, flush=True)
-        subprocess.run(command, check=True, stdout=sys.stderr)
-    return folder
+        script = "control" if Path(path).stem.startswith("control") else "pretrain"
+        flags = [f"--config={config}", f"--workdir={folder}", f"--config.seed={seed}"]
+        print(f"{script} {' '.join(flags)}", file=sys.stderr, flush=True)
+        subprocess.run([sys.executable, "-m", f"experiments.{script}", *flags], check=True, stdout=sys.stderr)
+    return plot.read_run(folder)
 
 
-def summary(runs: Sequence[plot.RunData]) -> list[dict]:
-    """Final return, work and time of each run, and its curve."""
-    rows = []
-    for data in runs:
+def name(settings: dict[str, Any]) -> str:
+    """What a resolved, flat config is called: its method and, of evolution, what tells variants apart."""
+    known = {"eggroll": "EGGROLL", "openes": "OpenES", "ppo": "PPO", "backprop": "backprop"}
+    title = known[settings["method"]]
+    if settings["method"] == "eggroll":
+        title += f", {settings['es.population']}, rank {settings['es.rank']}"
+    return title
+
+
+def rows(finished: Finished) -> list[dict[str, Any]]:
+    """Score, work, time and curve of each run."""
+    out = []
+    for data in finished.runs:
+        metric, unit = (next(n for n in names if n in data.columns) for names in (_METRICS, _UNITS))
+        steps = sorted(data.columns[metric])
+        curve = {column: [data.columns[column][step] for step in steps] for column in (unit, "seconds", metric)}
         result = json.loads((data.path / "result.json").read_text())
-        steps = sorted(data.columns[METRIC])
-        curve = {name: [data.columns[name][step] for step in steps] for name in ("env_steps", "seconds", METRIC)}
-        rows.append({"run": data.path.name, **result, "curve": curve})
-    return rows
+        out.append({"config": finished.config, "name": name(data.config), **result, "curve": curve})
+    return out
+
+
+def panels(group: Sequence[Finished]) -> list[tuple[list[plot.Curve], str, str, str]]:
+    """The variants of one config file, against work and against seconds."""
+    first = group[0].runs[0]
+    metric, unit = (next(n for n in names if n in first.columns) for names in (_METRICS, _UNITS))
+    title = str(first.config.get("env", first.config.get("task")))
+    return [
+        ([plot.make_curve(f.runs, name(f.runs[0].config), x, metric) for f in group], x, metric, title)
+        for x in (unit, "seconds")
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(prog="python -m experiments.compare", description=__doc__.split("\n")[0])
+    parser.add_argument("configs", nargs="*", metavar="CONFIG[:variant]", default=DEFAULT)
     parser.add_argument("--workdir", required=True, type=Path, help="folder of the runs")
     parser.add_argument("--out", default=Path("experiments/results/compare"), type=Path, help="without suffix")
     parser.add_argument("--seeds", default=3, type=int, help="how many")
     options = parser.parse_args(argv)
-    panels, rows = [], []
-    for environment in ENVIRONMENTS:
-        groups = [
-            [plot.read_run(run(options.workdir, environment, variant, seed)) for seed in range(options.seeds)]
-            for variant in VARIANTS
-        ]
-        rows += summary([data for group in groups for data in group])
-        title = groups[0][0].config["env"]
-        panel = lambda x, groups=groups, title=title: (
-            [plot.make_curve(g, label, x, METRIC) for g, label in zip(groups, VARIANTS.values(), strict=True)], x, METRIC, title,
-        )  # fmt: skip
-        panels.append([panel("env_steps"), panel("seconds")])
+    finished = [Finished(c, [run(options.workdir, c, seed) for seed in range(options.seeds)]) for c in options.configs]
+    files = dict.fromkeys(config.partition(":")[0] for config in options.configs)
+    grid = [panels([f for f in finished if f.config.partition(":")[0] == file]) for file in files]
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.with_suffix(".json").write_text(json.dumps({"command": "python -m experiments.compare", "runs": rows}) + "\n")
-    plot.draw_grid(panels, options.out.with_suffix(".png"), (12, 8))
+    lines = ",\n".join(json.dumps(row) for f in finished for row in rows(f))
+    options.out.with_suffix(".json").write_text(f"[\n{lines}\n]\n")
+    plot.draw_grid(grid, options.out.with_suffix(".png"), (12, 4 * len(grid)))
 
 
 if __name__ == "__main__":

@@ -8,31 +8,24 @@ written to `result.json`, and `plot.png` is drawn.
 
 import dataclasses
 import functools
-import json
-import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
-import optax
 
-import eggroll
-from experiments import plot
+from experiments import build, plot
 from rl import config as config_lib
 from rl import envs
 from rl.control import evolution, ppo, rollout
 from rl.control.normalizer import Normalizer
 from rl.control.policy import Policy
 from rl.models.mlp import MLP
-from rl.run import Run, RunError
+from rl.run import Run, launch
 
 METHODS = ("eggroll", "openes", "ppo")
-_OPTIMIZERS = {"adam": optax.adam, "adamw": optax.adamw, "sgd": optax.sgd}
-_SHAPINGS = {"zscore": eggroll.fitness.zscore, "centred_rank": eggroll.fitness.centred_rank}
-_POPULATIONS = ("crossed", "antithetic", "independent")
 
 
 class Learner(NamedTuple):
@@ -59,7 +52,7 @@ def make_learner(config: ml_collections.ConfigDict, env: envs.Env) -> Learner:
 
 
 def _make_learner(config: ml_collections.ConfigDict, env: envs.Env) -> Learner:
-    _known("method", config.method, METHODS)
+    build.choose("method", config.method, dict.fromkeys(METHODS))
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
     policy = Policy(env.action, tuple(config.policy.hidden), config.policy.stochastic)
     if config.method == "ppo":
@@ -74,11 +67,11 @@ def _make_learner(config: ml_collections.ConfigDict, env: envs.Env) -> Learner:
             policy=policy,
             show=("eval_return", "return_mean", "entropy", "kl"),
         )
-    es = make_strategy(config)
+    es = build.strategy(config)
     return Learner(
         state=evolution.init(env, policy, es, key, normalize_observations=config.policy.normalize_observations),
         step=evolution.make_step(
-            env, policy, es, episodes=config.es.episodes, common_random_numbers=config.es.common_random_numbers
+            env, policy, es, episodes=config.episodes, common_random_numbers=config.common_random_numbers
         ),
         actor=lambda state: state.es.params,
         policy=policy,
@@ -86,34 +79,12 @@ def _make_learner(config: ml_collections.ConfigDict, env: envs.Env) -> Learner:
     )
 
 
-def make_strategy(config: ml_collections.ConfigDict) -> eggroll.Strategy:
-    """The evolution strategy of `config.es`; for method openes, the same with full-rank noise."""
-    c = config.es
-    _known("es.optimizer", c.optimizer, _OPTIMIZERS)
-    _known("es.shaping", c.shaping, _SHAPINGS)
-    _known("es.population", c.population, _POPULATIONS)
-    if c.population == "crossed":
-        population = eggroll.crossed(c.members, blocks=c.blocks)
-    else:
-        population = getattr(eggroll, c.population)(c.members)
-    return eggroll.strategy(
-        _OPTIMIZERS[c.optimizer](optax.exponential_decay(c.learning_rate, 1, c.learning_rate_decay)),
-        population=population,
-        rank=c.rank,
-        sigma=optax.exponential_decay(c.sigma, 1, c.sigma_decay),
-        noise=c.noise,
-        rules=(("", "full"),) if config.method == "openes" else tuple((pattern, "full") for pattern in c.full),
-        shaping=_SHAPINGS[c.shaping],
-        chunk=c.chunk or None,
-    )
-
-
 def train(config: ml_collections.ConfigDict, workdir: str | Path, tensorboard: bool = False) -> dict[str, Any]:
     """Runs or resumes a config in a folder.
 
     Returns:
-      What `result.json` holds: return_mean, return_std, return_min over the final episodes, episodes, env_steps, and
-      seconds of training, compilation included.
+      What `result.json` holds (`rl.run.Run.finish`); the score is the mean return over the final episodes, with its
+      standard deviation and the lowest return beside it.
     """
     env = envs.make(config.env, config.max_steps or None)
     learner = make_learner(config, env)
@@ -142,42 +113,27 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, tensorboard: b
                 metrics["eval_return"] = jnp.mean(played.total)
             run.record(state, metrics, work=work)
         final = evaluate(learner.actor(state), state.normalizer, 2, jnp.int32(0)).total
-        env_steps = run.work
-    result = {
-        "env": config.env,
-        "method": config.method,
-        "seed": config.seed,
-        "episodes": config.eval_episodes,
-        "return_mean": float(final.mean()),
-        "return_std": float(final.std()),
-        "return_min": float(final.min()),
-        "env_steps": env_steps,
-        "seconds": plot.read_run(workdir).columns["seconds"][config.steps],
-    }
-    (Path(workdir) / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    return result
+        return run.finish(
+            "mean return",
+            float(final.mean()),
+            env=config.env,
+            method=config.method,
+            episodes=config.eval_episodes,
+            std=float(final.std()),
+            lowest=float(final.min()),
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status."""
-    config, workdir, tensorboard = config_lib.parse(argv)
-    try:
-        result = train(config, workdir, tensorboard)
-    except (config_lib.ConfigError, envs.EnvError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    workdir, result = launch(train, argv, errors=(envs.EnvError,))
     print(
-        f"{result['env']}, {result['method']}, seed {result['seed']}: mean return {result['return_mean']:.2f} "
-        f"(std {result['return_std']:.2f}, min {result['return_min']:.2f}) of the mean parameters over "
+        f"{result['env']}, {result['method']}, seed {result['seed']}: mean return {result['score']:.2f} "
+        f"(std {result['std']:.2f}, lowest {result['lowest']:.2f}) of the mean parameters over "
         f"{result['episodes']} fresh episodes, after {result['env_steps']} environment steps in "
         f"{result['seconds']:.1f} s"
     )
-    return plot.main([str(workdir), "--x=env_steps", "--y=eval_return"])
-
-
-def _known(key: str, value: str, names: Collection[str]) -> None:
-    if value not in names:
-        raise ValueError(f"unknown {key} {value!r}; known: {', '.join(names)}")
+    return plot.main([workdir, "--x=env_steps", "--y=eval_return"])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ the same minibatches: they depend on the seed and the step alone.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,9 +18,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-import eggroll
-from rl import config as config_lib
-from rl.run import Run
+from experiments import build, plot
+from rl.config import ConfigError
+from rl.run import Run, launch
 
 Batch = Mapping[str, jax.Array]  # every array [B, ...]
 Metrics = dict[str, jax.Array]
@@ -71,9 +71,7 @@ def digits(config: ml_collections.ConfigDict) -> Task:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise config_lib.ConfigError(
-            "config.task = 'digits' needs scikit-learn: pip install 'eggroll-jax[digits]'"
-        ) from error
+        raise ConfigError("config.task = 'digits' needs scikit-learn: pip install 'eggroll-jax[digits]'") from error
 
     images, labels = load_digits(return_X_y=True)
     train_test = train_test_split(
@@ -98,14 +96,7 @@ def digits(config: ml_collections.ConfigDict) -> Task:
 
 def eggroll_method(config: ml_collections.ConfigDict, task: Task) -> tuple[Any, Step]:
     """Low-rank evolution strategy: a member's fitness is its mean score over the minibatch."""
-    es = eggroll.strategy(
-        optimizer(config),
-        population=choose("population.design", config.population.design, POPULATIONS)(config.population.members),
-        rank=config.rank,
-        sigma=config.sigma,
-        noise=config.noise,
-        shaping=choose("shaping", config.shaping, SHAPERS),
-    )
+    es = build.strategy(config)
 
     def step(state: Any, batch: Batch) -> tuple[Any, Metrics]:
         return es.update(state, es.evaluate(state, task.score, batch))
@@ -115,7 +106,7 @@ def eggroll_method(config: ml_collections.ConfigDict, task: Task) -> tuple[Any, 
 
 def backprop_method(config: ml_collections.ConfigDict, task: Task) -> tuple[BackpropState, Step]:
     """Gradient of the mean score over the minibatch."""
-    tx = optimizer(config)
+    tx = build.optimizer(config)
 
     def step(state: BackpropState, batch: Batch) -> tuple[BackpropState, Metrics]:
         def loss(params: Any) -> jax.Array:
@@ -131,28 +122,6 @@ def backprop_method(config: ml_collections.ConfigDict, task: Task) -> tuple[Back
 
 TASKS = {"digits": digits}
 METHODS = {"eggroll": eggroll_method, "backprop": backprop_method}
-POPULATIONS = {"independent": eggroll.independent, "antithetic": eggroll.antithetic, "crossed": eggroll.crossed}
-SHAPERS = {
-    "zscore": eggroll.fitness.zscore,
-    "centred_rank": eggroll.fitness.centred_rank,
-    "pair_sign": eggroll.fitness.pair_sign,
-}
-
-
-def choose(key: str, name: str, known: Mapping[str, Any]) -> Any:
-    """The named entry of a table.
-
-    Raises:
-      rl.config.ConfigError: an unknown name; lists the known ones.
-    """
-    if name not in known:
-        raise config_lib.ConfigError(f"config.{key} = {name!r} is unknown; it is one of {', '.join(known)}")
-    return known[name]
-
-
-def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """Adam with a cosine decay of the learning rate to zero at the last step."""
-    return optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
 
 
 def minibatch(data: Batch, seed: int, step: jax.Array, size: int) -> Batch:
@@ -168,10 +137,10 @@ def accuracy(task: Task, params: Any, data: Batch) -> jax.Array:
     return jnp.mean(jax.vmap(task.correct, in_axes=(None, 0))(params, data).astype(jnp.float32))
 
 
-def train(config: ml_collections.ConfigDict, workdir: str, tensorboard: bool = False) -> float:
-    """Trains, resuming what `workdir` holds, and returns the test accuracy of the final parameters."""
-    task = choose("task", config.task, TASKS)(config)
-    state, method_step = choose("method", config.method, METHODS)(config, task)
+def train(config: ml_collections.ConfigDict, workdir: str, tensorboard: bool = False) -> dict[str, Any]:
+    """Trains, resuming what `workdir` holds; returns what `result.json` holds, the score being the test accuracy."""
+    task = build.choose("task", config.task, TASKS)(config)
+    state, method_step = build.choose("method", config.method, METHODS)(config, task)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: Any, number: jax.Array) -> tuple[Any, Metrics]:
@@ -201,14 +170,25 @@ def train(config: ml_collections.ConfigDict, workdir: str, tensorboard: bool = F
             if number % config.evaluate_every == 0 or number == run.total_steps:
                 metrics |= evaluate(state.params)
             run.record(state, metrics, work=config.batch)
-    return float(evaluate(state.params)["test_accuracy"])
+        accuracies = {name: 100 * float(value) for name, value in evaluate(state.params).items()}
+        return run.finish(
+            "test accuracy in %",
+            accuracies["test_accuracy"],
+            task=config.task,
+            method=config.method,
+            train_accuracy=accuracies["train_accuracy"],
+        )
 
 
-def main() -> None:
-    """Command line."""
-    config, workdir, tensorboard = config_lib.parse()
-    print(f"test accuracy {100 * train(config, workdir, tensorboard):.2f} %")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit status."""
+    workdir, result = launch(train, argv)
+    print(
+        f"{result['task']}, {result['method']}, seed {result['seed']}: {result['measure']} {result['score']:.2f} after "
+        f"{result['examples']} examples in {result['seconds']:.1f} s"
+    )
+    return plot.main([workdir, "--x=examples", "--y=test_accuracy"])
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -7,9 +7,10 @@
             run.record(state, metrics, work=4096)
 
 The folder holds `config.json` (the resolved config), `metrics.jsonl` (deterministic values keyed by step),
-`timing.jsonl` (wall clock), `checkpoints/` and `lock`. The same command resumes. On one machine, with the same
-versions and a deterministic `step`, a run killed at any instant and resumed ends with the state and the `metrics.jsonl`
-of the run that was never killed, byte for byte; `timing.jsonl` is outside that guarantee.
+`timing.jsonl` (wall clock), `checkpoints/`, `lock`, and `result.json` once the run is finished. The same command
+resumes. On one machine, with the same versions and a deterministic `step`, a run killed at any instant and resumed ends
+with the state and the `metrics.jsonl` of the run that was never killed, byte for byte; the clock is outside that
+guarantee.
 """
 
 import collections
@@ -18,9 +19,10 @@ import json
 import math
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -88,7 +90,7 @@ class Run:
         self._progress = progress.Progress(total_steps, unit, show)
         self._pending: collections.deque[tuple[int, int | None, Mapping[str, Any]]] = collections.deque()
         self._restored = self._terminated = False
-        self._seconds_before = 0.0  # training time of earlier sessions
+        self._seconds_before = self._seconds = 0.0  # training time of earlier sessions, and up to the last save
 
     def __enter__(self) -> Self:
         self.workdir.mkdir(parents=True, exist_ok=True)
@@ -141,7 +143,7 @@ class Run:
             self._progress.say(f"warning: {line}")
         self.fallbacks = len(found.skipped)
         self.step, self.work = found.step, found.extra.get("work", 0)
-        self._seconds_before = found.extra.get("seconds", 0.0)
+        self._seconds = self._seconds_before = found.extra.get("seconds", 0.0)
         _cut(self._metrics, found.extra.get("metrics_bytes", 0), self.step)
         _cut(self._timing, min(found.extra.get("timing_bytes", 0), self._timing.tell()), self.step)
         if self._tensorboard:
@@ -186,6 +188,24 @@ class Run:
             self._progress.say(f"SIGTERM: saved step {self.step}; the same command resumes")
             raise SystemExit(128 + signal.SIGTERM)
 
+    def finish(self, measure: str, score: float, **details: Any) -> dict[str, Any]:
+        """Writes `result.json`: the run's one figure of merit and what explains it.
+
+        Args:
+          measure: what the score is, in words.
+          score: higher is better.
+          **details: further JSON values.
+
+        Returns:
+          What was written: `measure`, `score`, `seed`, `details`, the work done under its unit's name, and `seconds`
+          of training over all sessions, compilation included.
+        """
+        self._drain(0)
+        result = {"measure": measure, "score": score, "seed": self._config.get("seed"), **details}
+        result |= {self._unit: self.work, "seconds": self._seconds}
+        _write(self.workdir / "result.json", result)
+        return result
+
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
         self._terminated = True
 
@@ -194,11 +214,12 @@ class Run:
         for file in (self._metrics, self._timing):
             file.flush()
             os.fsync(file.fileno())
+        self._seconds = self._seconds_before + time.perf_counter() - self._started
         extra = {
             "work": self.work,
             "metrics_bytes": self._metrics.tell(),
             "timing_bytes": self._timing.tell(),
-            "seconds": self._seconds_before + time.perf_counter() - self._started,
+            "seconds": self._seconds,
         }
         checkpoint.save(self.workdir / "checkpoints", self.step, state, extra, self._keep)
 
@@ -228,6 +249,30 @@ class Run:
                     f"(finite_members = 0, at least 1 needed). Checkpoints up to the last save are untouched in "
                     f"{self.workdir}; check the reward for NaN or overflow, or lower sigma or the learning rate"
                 )
+
+
+def launch(
+    train: Callable[[ml_collections.ConfigDict, str, bool], dict[str, Any]],
+    argv: Sequence[str] | None = None,
+    errors: tuple[type[Exception], ...] = (),
+) -> tuple[str, dict[str, Any]]:
+    """Runs `train(config, workdir, tensorboard)` as the command line asks (`rl.config.parse`).
+
+    Args:
+      train: trains and returns the run's result.
+      argv: the command line with the program's name first; `sys.argv` if None.
+      errors: besides `ConfigError`, `RunError` and `CheckpointError`, what a user can cause and correct: printed as one
+        message, with exit status 2.
+
+    Returns:
+      (workdir, result).
+    """
+    config, workdir, tensorboard = config_lib.parse(argv)
+    try:
+        return workdir, train(config, workdir, tensorboard)
+    except (config_lib.ConfigError, RunError, checkpoint.CheckpointError, *errors) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 def _scalar(name: str, value: Any) -> bool | int | float:
@@ -277,9 +322,14 @@ def _settle_config(workdir: Path, config: Mapping[str, Any]) -> None:
         raise RunError(
             f"{workdir} has {' and '.join(foreign)} but no config.json: restore it, or use another --workdir"
         )
+    _write(path, config)
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes JSON so that a reader sees all of it or nothing."""
     temporary = path.with_suffix(".writing")
     with open(temporary, "w") as file:
-        file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        file.write(json.dumps(content, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

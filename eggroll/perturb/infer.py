@@ -151,16 +151,22 @@ def _reshaped(eqn, w):
     origins: list[_Origin] = []
     for axes, sizes in segments(w.shape, eqn.params["new_sizes"]) or ():
         whole = [a for a in axes if w.shape[a] > 1 or math.prod(sizes) == 1]
-        origins += [frozenset().union(*(w.origins[a] for a in whole))] * len(sizes)
+        whole_origin = frozenset().union(*(w.origins[a] for a in whole))
+        origins += [whole_origin if n > 1 or math.prod(sizes) == 1 else frozenset() for n in sizes]
     return tuple(origins)
 
 
 def _joined(eqn, *parts):
-    """Several weights, or a weight and arrays, as one: each axis comes from wherever the parts' axes came from."""
+    """Several weights, or a weight and arrays, as one: each axis comes from wherever the parts' axes came from.
+
+    A weight with an axis of its own making (a bias shaped for a batch) joins an array as an addend or factor of activations.
+    """
     base = eqn.primitive.bind(*(p.base if is_weight(p) else p for p in parts), **eqn.params)
     weights = [p for p in parts if is_weight(p)]
     if any(w.ndim != base.ndim for w in weights):
         return NotImplemented
+    if len(weights) < len(parts) and not all(origin for w in weights for origin in w.origins):
+        return base
     origins = tuple(frozenset().union(*together) for together in zip(*(w.origins for w in weights), strict=True))
     return dataclasses.replace(weights[0], base=base, origins=origins)
 
@@ -189,6 +195,10 @@ def _gather(eqn, operand, indices):
         if eqn.params["slice_sizes"][a] == 1:
             operand.labels.note(operand.origins[a], _INDEXED)
     base = eqn.primitive.bind(operand.base, indices, **eqn.params)
+    if (
+        sum(n > 1 for n in eqn.params["slice_sizes"]) < 2
+    ):  # vectors: an embedding's rows, on their way to be activations
+        return base
     gone = (*dims.collapsed_slice_dims, *dims.operand_batching_dims)
     window = [o for a, o in enumerate(operand.origins) if a not in gone]
     origins = [frozenset()] * base.ndim

@@ -145,27 +145,42 @@ def _same(interpreter: Interpreter, old, new, operation: str):
     return interpreter.settle(new, operation)
 
 
+def _carried(interpreter: Interpreter, init: list, body: core.ClosedJaxpr, consts: int, operation: str) -> list:
+    """The initial carry: a weight that the body changes (a gathered row, on its way to being an activation) enters a loop as
+    an array where that is cheap."""
+    before, after = body.jaxpr.invars[consts : consts + len(init)], body.jaxpr.outvars[: len(init)]
+    changes = [is_weight(x) and x.resolvable and a is not b for x, a, b in zip(init, before, after, strict=True)]
+    return [interpreter.settle(x, operation) if c else x for x, c in zip(init, changes, strict=True)]
+
+
 def _scan(interpreter: Interpreter, eqn: core.JaxprEqn, inputs: list) -> list:
     p = eqn.params
     consts, init, xs = _split(inputs, p["num_consts"], p["num_carry"])
+    init = _carried(interpreter, init, p["jaxpr"], p["num_consts"], "scan")
     parts = [x.leading() if is_weight(x) else (x, lambda sliced: sliced) for x in xs]
+    returned: list[Any] = []  # per stacked output, the whole weight that the body hands back slice by slice, or None
 
     def body(carry, sliced):
         rows = [rebuild(row) for (_, rebuild), row in zip(parts, sliced, strict=True)]
         outs = interpreter.run(p["jaxpr"], [*consts, *carry, *rows])
         new, ys = outs[: len(carry)], outs[len(carry) :]
         new = [_same(interpreter, a, b, "scan") for a, b in zip(carry, new, strict=True)]
-        return new, [interpreter.settle(y, "scan") for y in ys]
+        returned[:] = [
+            next((x for x, row in zip(xs, rows, strict=True) if is_weight(y) and y is row), None) for y in ys
+        ]
+        return new, [interpreter.settle(y, "scan") for y, whole in zip(ys, returned, strict=True) if whole is None]
 
     carry, ys = lax.scan(
         body, init, [part for part, _ in parts], length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
     )
-    return [*carry, *ys]
+    stacked = iter(ys)
+    return [*carry, *(next(stacked) if whole is None else whole for whole in returned)]
 
 
 def _while(interpreter: Interpreter, eqn: core.JaxprEqn, inputs: list) -> list:
     p = eqn.params
     cond_consts, body_consts, init = _split(inputs, p["cond_nconsts"], p["body_nconsts"])
+    init = _carried(interpreter, init, p["body_jaxpr"], p["body_nconsts"], "while")
     # A weight carried unchanged stays out of the loop: under vmap a condition that differs between members batches the carry.
     before, after = p["body_jaxpr"].jaxpr.invars[len(body_consts) :], p["body_jaxpr"].jaxpr.outvars
     fixed = [is_weight(x) and a is b for x, a, b in zip(init, before, after, strict=True)]
@@ -192,9 +207,15 @@ def _cond(interpreter: Interpreter, eqn: core.JaxprEqn, inputs: list) -> list:
     also copy the weights that enter it for every member."""
     index, *operands = inputs
     branches = eqn.params["branches"]
-    outs = [[interpreter.settle(out, "cond") for out in interpreter.run(jaxpr, operands)] for jaxpr in branches]
+    outs = [interpreter.run(jaxpr, operands) for jaxpr in branches]
     which = index.astype(bool) if len(branches) == 2 else index
-    return [lax.select_n(which, *results) for results in zip(*outs, strict=True)]
+
+    def chosen(results):
+        if is_weight(results[0]) and all(x is results[0] for x in results):
+            return results[0]
+        return lax.select_n(which, *(interpreter.settle(x, "cond") for x in results))
+
+    return [chosen(results) for results in zip(*outs, strict=True)]
 
 
 _CONTROL = {"scan": _scan, "while": _while, "cond": _cond}

@@ -83,7 +83,10 @@ def _gather(eqn, operand, indices):
     left, right = (
         _gather_factor(eqn, operand, factor, indices, base.shape) for factor in (operand.left, operand.right)
     )
-    return dataclasses.replace(operand, base=base, left=left, right=right, gathered=True)
+    # Rows on which one factor is constant are vectors (an embedding's); else they are matrices (a layer's), weights still.
+    window = [a for a in range(operand.ndim) if a not in dims.collapsed_slice_dims and operand.shape[a] > 1]
+    vectors = any(all(factor.shape[a] == 1 for a in window) for factor in (operand.left, operand.right))
+    return dataclasses.replace(operand, base=base, left=left, right=right, activation=operand.activation or vectors)
 
 
 def _gather_factor(eqn, w: LowRank, factor: Array, indices: Array, out_shape: tuple[int, ...]) -> Array:

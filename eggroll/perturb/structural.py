@@ -183,7 +183,8 @@ def _sum(eqn, a, b, sign: int):
     if is_weight(b):
         terms[-1] = dataclasses.replace(b, scale=sign * b.scale)
     if len(terms) == 1:
-        return dataclasses.replace(terms[0], base=base)
+        plain = a if is_weight(b) else b
+        return dataclasses.replace(terms[0], base=base, activation=terms[0].activation or plain.ndim > 0)
     if terms[0].left.shape[:-1] != terms[1].left.shape[:-1] or terms[0].right.shape[:-1] != terms[1].right.shape[:-1]:
         return NotImplemented
     return _joined_ranks(terms, base, [w.left for w in terms], [w.right for w in terms])
@@ -194,8 +195,8 @@ def _joined_ranks(terms: list[LowRank], base: Array, lefts: list[Array], rights:
     left = jnp.concatenate([w.scale * f for w, f in zip(terms, lefts, strict=True)], axis=-1)
     right = jnp.concatenate(rights, axis=-1)
     path = " + ".join(dict.fromkeys(w.path for w in terms))
-    gathered = any(w.gathered for w in terms)
-    return LowRank(base, left, right, jnp.ones((), left.dtype), path=path, gathered=gathered)
+    activation = any(w.activation for w in terms)
+    return LowRank(base, left, right, jnp.ones((), left.dtype), path=path, activation=activation)
 
 
 def _concatenate(eqn, *parts):

@@ -13,7 +13,7 @@ from eggroll.perturb.interpreter import Weight
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("base", "left", "right", "scale"),
-    meta_fields=("path", "gathered"),
+    meta_fields=("path", "activation"),
 )
 @dataclasses.dataclass(frozen=True)
 class LowRank(Weight):
@@ -29,7 +29,7 @@ class LowRank(Weight):
         right: [*(1 or d for d in shape), r], f32.
         scale: scalar, sign * sigma / sqrt(r).
         path: the parameter it came from, for messages.
-        gathered: whether rows of it were picked by index, so that it may be an activation by now.
+        activation: whether it may be an activation by now: rows of it picked by index, or an array added to it.
     """
 
     base: Array
@@ -37,7 +37,7 @@ class LowRank(Weight):
     right: Array
     scale: Array
     path: str
-    gathered: bool = False
+    activation: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -56,8 +56,8 @@ class LowRank(Weight):
 
     @property
     def resolvable(self) -> bool:
-        """True if one factor alone is as large as the base (a vector in disguise), or rows were gathered."""
-        return self.gathered or self.base.size * self.rank in (self.left.size, self.right.size)
+        """True if one factor alone is as large as the base (a vector in disguise), or it may be an activation."""
+        return self.activation or self.base.size * self.rank in (self.left.size, self.right.size)
 
     def perturbation(self) -> Array:
         """scale * sum_k left * right, f32 (or wider), with the base's shape."""

@@ -96,6 +96,21 @@ USES = {
     "layers in a loop": (lambda x, w: lax.fori_loop(0, 3, lambda i, c: jnp.tanh(c @ w[i]), x), X, STACK),
     "scan over layers": (lambda x, w: lax.scan(lambda c, w: (jnp.tanh(c @ w), c.sum()), x, w), X, STACK),
     "scan over an input axis": (lambda x, w: lax.scan(lambda c, row: (c + row, c), x[0], w.T), X, weight("io", 4, 3)),
+    "scan that hands its weights back": (
+        lambda x, w: (lambda out: out[0] @ out[1][2])(lax.scan(lambda c, w: (jnp.tanh(c @ w), w), x, w)), X, STACK,
+    ),
+    "cond that hands its weight back": (
+        lambda x, w: (lambda out: out[0] @ out[1])(lax.cond(x[0, 0] > 0, lambda w: (x @ w, w), lambda w: (x, w), w)),
+        X, SQUARE,
+    ),
+    "embedding, carried by a scan": (
+        lambda i, w: lax.scan(lambda c, _: (jnp.tanh(c), None), w[i], None, length=2)[0], IDS, W,
+    ),
+    "embedding, carried by a while": (
+        lambda i, w: lax.while_loop(lambda c: c.sum() > 1, lambda c: c / 2, w[i]), IDS, W,
+    ),
+    "embedding of heads": (lambda i, w: jnp.tanh(w[i]), IDS, weight("ioo", 5, 2, 3)),
+    "positions added": (lambda x, w: jnp.tanh(x + w[:5]), X, weight("io", 7, 4)),
     "scan, weight closed over": (
         lambda x, w: lax.scan(lambda c, _: (jnp.tanh(c @ w), None), x, None, length=3)[0], X, SQUARE,
     ),
@@ -174,6 +189,11 @@ def test_no_perturbation_is_formed():
     assert not {s for s in shapes if np.prod(s) >= 40 * 60}
 
 
+def test_a_picked_layer_is_a_weight_still():
+    with pytest.raises(eggroll.PerturbationError, match="leaf 'w' .* reaches 'tanh'"):
+        eggroll.perturbed_call(lambda i, w: jnp.tanh(w[i]), jnp.int32(1), STACK)
+
+
 @pytest.mark.parametrize(
     ("fn", "operation"),
     [
@@ -182,6 +202,8 @@ def test_no_perturbation_is_formed():
         (lambda x, w: w, "the function's output"),
         (lambda x, w: lax.scan(lambda c, _: (jnp.tanh(c), None), w, None, length=2)[0], "tanh"),
         (lambda x, w: lax.scan(lambda c, _: (x[:4], None), w, None, length=2)[0], "scan"),
+        (lambda x, w: lax.while_loop(lambda c: c[0, 0] > 0, lambda c: x[:4], w), "while"),
+        (lambda x, w: jnp.tanh(w + 1), "tanh"),
     ],
 )
 def test_no_rule_is_an_error_that_names_leaf_and_operation(fn, operation):
@@ -270,6 +292,10 @@ def test_infer_rules_reads_inputs_outputs_and_stacks():
         (lambda p, i: X * p["w"].sum(0), (3, 4), "full"),
         (lambda p, i: lax.conv(X[None, None], p["w"], (1, 1), "SAME"), (2, 1, 3, 3), "oiii"),
         (lambda p, i: X @ p["w"].reshape(4, 6), (4, 2, 3), "ioo"),
+        (lambda p, i: p["w"][i] @ X[:4], (5, 4), "io"),  # an embedding's rows are activations
+        (lambda p, i: lax.scan(lambda c, _: (jnp.tanh(c), None), p["w"][i], None, length=2)[0], (5, 3), "io"),
+        (lambda p, i: (X.reshape(5, 2, 2) + p["w"]).reshape(5, 4) @ X.T, (2, 2), "full"),  # a bias of heads
+        (lambda p, i: (X.reshape(5, 2, 2) * p["w"][None]).reshape(5, 4) @ X.T, (2, 2), "full"),  # a scale of heads
     ],
 )
 def test_infer_rules_for_one_use(fn, shape, form):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import eggroll
-from experiments import control
+from experiments import build, control
 from rl import config as config_lib
 from rl import envs
 from rl.control import evolution, ppo
@@ -48,7 +48,7 @@ def variants(name):
 @pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_every_variant_loads(name):
     assert sorted(path.stem for path in (ROOT / "configs").glob("control_*.py")) == sorted(
-        ["control_base", *(f"control_{name}" for name in ENVIRONMENTS)]
+        f"control_{name}" for name in ENVIRONMENTS
     )
     known = variants(name)
     assert known[0] == "eggroll" and load(name) == load(f"{name}:eggroll")
@@ -58,7 +58,7 @@ def test_every_variant_loads(name):
         if config.method == "ppo":
             ppo.Settings(**config.ppo.to_dict())
         else:
-            assert control.make_strategy(config).population.size == config.es.members
+            assert build.strategy(config).population.size == config.es.members
     if name in ("cartpole", "pendulum"):
         compared = {"eggroll", "eggroll_independent", "eggroll_rank4", "openes", "ppo"}
         assert compared | {"paper", "paper_openes", "paper_ppo"} == set(known)
@@ -69,21 +69,21 @@ def test_published_settings():
     assert cartpole.policy.hidden == pendulum.policy.hidden == (256, 256, 256)
     # table: lr 0.1 (the authors' convention), decay 0.9995, sigma 0.2, decay 0.999, 2,048 members, rank 4, sgd
     converted = eggroll.convert_learning_rate(
-        cartpole.es.learning_rate, source="textbook", target="hyperscale", sigma=0.2, members=2048
+        cartpole.optimizer.learning_rate, source="textbook", target="hyperscale", sigma=0.2, members=2048
     )
     np.testing.assert_allclose(converted, 0.1, rtol=1e-12)
-    assert (cartpole.es.members, cartpole.es.rank, cartpole.es.optimizer) == (2048, 4, "sgd")
-    assert (pendulum.es.members, pendulum.es.learning_rate, pendulum.es.sigma_decay) == (4096, 0.01, 0.995)
+    assert (cartpole.es.members, cartpole.es.rank, cartpole.optimizer.name) == (2048, 4, "sgd")
+    assert (pendulum.es.members, pendulum.optimizer.learning_rate, pendulum.es.sigma_decay) == (4096, 0.01, 0.995)
     assert load("ant:paper").es.sigma == 0.05 and load("ant:paper_ppo").ppo.discount == 0.995
     # Decays are per generation: after 100 of them sigma is 0.2 * 0.999 ** 100.
-    np.testing.assert_allclose(control.make_strategy(cartpole).sigma(100), 0.2 * 0.999**100, rtol=1e-5)
+    np.testing.assert_allclose(build.strategy(cartpole).sigma(100), 0.2 * 0.999**100, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("method='a2c'", "unknown method 'a2c'; known: eggroll, openes, ppo"),
-        ("es.optimizer='lion'", "unknown es.optimizer 'lion'; known: adam, adamw, sgd"),
+        ("optimizer.name='lion'", "unknown optimizer.name 'lion'; known: adam, adamw, sgd"),
         ("es.shaping='rank'", "unknown es.shaping 'rank'; known: zscore"),
         ("es.population='grid'", "unknown es.population 'grid'; known: crossed, antithetic, independent"),
         ("es.members=17", "17 members"),
@@ -106,7 +106,7 @@ def test_run_resume_and_result(variant, tmp_path):
     assert [row["step"] for row in metrics if "eval_return" in row] == sorted({2, steps})
     assert json.loads((tmp_path / "whole" / "result.json").read_text()) == result
     assert (result["method"], result["episodes"], result["env_steps"]) == (variant, 8, metrics[-1]["env_steps"])
-    assert 8 <= result["return_min"] <= result["return_mean"] <= 25 and result["seconds"] > 0
+    assert 8 <= result["lowest"] <= result["score"] <= 25 and result["seconds"] > 0
     if variant == "ppo":
         assert result["env_steps"] == 3 * 4 * 16
     else:
@@ -138,7 +138,7 @@ def test_common_random_numbers_and_episodes_of_their_own():
     env = envs.make("CartPole-v1", max_steps=60)
 
     def one_generation(**changes):
-        overrides = [*TINY_ES, "es.sigma=1e-9", "es.episodes=3", *(f"es.{k}={v}" for k, v in changes.items())]
+        overrides = [*TINY_ES, "es.sigma=1e-9", "episodes=3", *(f"{k}={v}" for k, v in changes.items())]
         learner = control.make_learner(load("cartpole", overrides), env)
         state, metrics = learner.step(learner.state)
         return metrics, state
@@ -202,8 +202,8 @@ def test_the_command(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "mean return" in done.stdout and "over 8 fresh episodes" in done.stdout
     assert (tmp_path / "run" / "plot.png").read_bytes().startswith(b"\x89PNG")
-    mistyped = command(config, f"--workdir={tmp_path / 'other'}", "--config.es.lerning_rate=1")
-    assert mistyped.returncode == 2 and "did you mean es.learning_rate" in mistyped.stderr
+    mistyped = command(config, f"--workdir={tmp_path / 'other'}", "--config.optimizer.lerning_rate=1")
+    assert mistyped.returncode == 2 and "did you mean optimizer.learning_rate" in mistyped.stderr
     other = command(config, f"--workdir={tmp_path / 'run'}", *tiny, "--config.es.sigma=0.3")
     assert other.returncode == 2 and "es.sigma" in other.stderr and "Traceback" not in other.stderr
     nowhere = command(config, f"--workdir={tmp_path / 'x'}", "--config.env=CartPole-v9")
@@ -218,4 +218,4 @@ def test_ant_smoke(tmp_path):
         load("ant", [*TINY_ES, "max_steps=3", "es.members=4", "steps=2", "eval_episodes=2"]), tmp_path
     )
     assert result["env_steps"] == 2 * 4 * 3
-    assert 0 < result["return_mean"] < 9  # about 1 per step for being healthy
+    assert 0 < result["score"] < 9  # about 1 per step for being healthy

@@ -55,19 +55,19 @@ def test_minibatches_depend_on_seed_and_step_alone():
 
 @pytest.mark.parametrize(("variant", "least"), [("eggroll", 0.75), ("backprop", 0.9)])
 def test_small_recipe_learns(variant, least, tmp_path):
-    accuracy = pretrain.train(
-        load(variant, *(["population.members=256"] if variant == "eggroll" else [])), str(tmp_path)
-    )
+    overrides = ["es.members=256"] if variant == "eggroll" else []
+    result = pretrain.train(load(variant, *overrides), str(tmp_path))
     history = rows(tmp_path)
-    assert accuracy > least
-    assert history[-1]["test_accuracy"] == pytest.approx(accuracy, abs=1e-6)
+    assert result["score"] > 100 * least and result["measure"] == "test accuracy in %"
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    assert history[-1]["test_accuracy"] == pytest.approx(result["score"] / 100, abs=1e-6)
     assert [row["step"] for row in history if "test_accuracy" in row] == [20, 40, 60]
     assert history[-1]["examples"] == 60 * 64
     assert history[-1]["fitness_mean"] > history[0]["fitness_mean"] + 1
 
 
 def test_an_interrupted_run_ends_with_the_same_metrics(tmp_path, monkeypatch):
-    config = load("eggroll", "population.members=64", "steps=30", "save_every=10")
+    config = load("eggroll", "es.members=64", "steps=30", "save_every=10")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     pretrain.train(config, str(whole))
     record = Run.record
@@ -87,17 +87,17 @@ def test_an_interrupted_run_ends_with_the_same_metrics(tmp_path, monkeypatch):
 
 
 def test_bad_input_is_refused(tmp_path):
-    with pytest.raises(config_lib.ConfigError, match="no key 'sgima' .did you mean sigma"):
-        load("eggroll", "sgima=0.1")
-    with pytest.raises(config_lib.ConfigError, match="no key 'sigma'"):
-        load("backprop", "sigma=0.1")
+    with pytest.raises(config_lib.ConfigError, match="no key 'es.sgima' .did you mean es.sigma"):
+        load("eggroll", "es.sgima=0.1")
+    with pytest.raises(config_lib.ConfigError, match="no key 'es.sigma'"):
+        load("backprop", "es.sigma=0.1")
     with pytest.raises(config_lib.ConfigError, match="unknown variant 'es'; known: eggroll, backprop"):
         load("es")
     for override, message in {
-        "method=sgd": "config.method = 'sgd' is unknown; it is one of eggroll, backprop",
-        "task=mnist": "config.task = 'mnist' is unknown; it is one of digits",
-        "population.design=mirrored": "one of independent, antithetic, crossed",
-        "shaping=rank": "one of zscore, centred_rank, pair_sign",
+        "method=sgd": "unknown method 'sgd'; known: eggroll, backprop",
+        "task=mnist": "unknown task 'mnist'; known: digits",
+        "es.population=mirrored": "known: crossed, antithetic, independent",
+        "es.shaping=rank": "known: zscore, centred_rank, pair_sign",
     }.items():
         with pytest.raises(config_lib.ConfigError, match=message):
             pretrain.train(load("eggroll", override), str(tmp_path / "never"))

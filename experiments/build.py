@@ -1,0 +1,67 @@
+"""Builds optimizers and evolution strategies from the blocks of a config that `configs/base.py` describes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+import optax
+
+import eggroll
+from rl.config import ConfigError
+
+OPTIMIZERS = {"adam": optax.adam, "adamw": optax.adamw, "sgd": optax.sgd}
+SCHEDULES = {
+    "constant": lambda c, steps: optax.constant_schedule(c.learning_rate),
+    "exponential": lambda c, steps: optax.exponential_decay(c.learning_rate, 1, c.decay),
+    "cosine": lambda c, steps: optax.cosine_decay_schedule(c.learning_rate, steps),
+}
+POPULATIONS = {
+    "crossed": lambda c: eggroll.crossed(c.members, blocks=c.blocks),
+    "antithetic": lambda c: eggroll.antithetic(c.members),
+    "independent": lambda c: eggroll.independent(c.members),
+}
+SHAPINGS = {
+    "zscore": eggroll.fitness.zscore,
+    "centred_rank": eggroll.fitness.centred_rank,
+    "pair_sign": eggroll.fitness.pair_sign,
+}
+
+
+def choose(key: str, name: str, known: Mapping[str, Any]) -> Any:
+    """The named entry of a table.
+
+    Raises:
+      ConfigError: an unknown name; lists the known ones.
+    """
+    if name not in known:
+        raise ConfigError(f"unknown {key} {name!r}; known: {', '.join(known)}")
+    return known[name]
+
+
+def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """The optimizer of `config.optimizer` for a run of `config.steps` steps."""
+    c = config.optimizer
+    schedule = choose("optimizer.schedule", c.schedule, SCHEDULES)(c, config.steps)
+    return choose("optimizer.name", c.name, OPTIMIZERS)(schedule)
+
+
+def strategy(config: ml_collections.ConfigDict) -> eggroll.Strategy:
+    """The evolution strategy of `config.es` with the optimizer of `config.optimizer`; method openes: full-rank noise.
+
+    Raises:
+      ConfigError: an unknown name, or settings that do not fit together.
+    """
+    c = config.es
+    try:
+        return eggroll.strategy(
+            optimizer(config),
+            population=choose("es.population", c.population, POPULATIONS)(c),
+            rank=c.rank,
+            sigma=optax.exponential_decay(c.sigma, 1, c.sigma_decay),
+            noise=c.noise,
+            rules=(("", "full"),) if config.method == "openes" else tuple((pattern, "full") for pattern in c.full),
+            shaping=choose("es.shaping", c.shaping, SHAPINGS),
+            chunk=c.chunk or None,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

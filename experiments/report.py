@@ -1,0 +1,57 @@
+"""Writes the README's tables from the committed measurements: `python -m experiments.report`."""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "experiments" / "results"
+_FILES = {
+    "eggroll": "eggroll/strategy.py",
+    "openes": "eggroll/strategy.py",
+    "ppo": "rl/control/ppo.py",
+    "backprop": "experiments/pretrain.py",
+}
+
+
+def methods() -> list[str]:
+    """One row per recipe: the median and every seed's score, and the median time."""
+    groups: dict[str, list[dict]] = {}
+    for file in ("compare", "recipes"):
+        for row in json.loads((RESULTS / f"{file}.json").read_text()):
+            groups.setdefault(row["config"], []).append(row)
+    lines = []
+    for config, rows in groups.items():
+        first, scores = rows[0], [row["score"] for row in rows]
+        each = ", ".join(f"{score:.4g}" for score in scores)
+        seconds = statistics.median(row["seconds"] for row in rows)
+        task = first.get("env", first.get("task"))
+        lines.append(
+            f"| {first['name']} | `{_FILES[first['method']]}` | `{config}` | {task}: {first['measure']} "
+            f"**{statistics.median(scores):.4g}** ({each}) | {seconds:.0f} s |"
+        )
+    return lines
+
+
+def bench() -> list[str]:
+    """One row per measurement."""
+    lines = []
+    for line in (RESULTS / "bench.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        setting = ", ".join(f"{k} {v}" for k, v in row["setting"].items() if k != "steps_per_second")
+        lines.append(f"| {row['case']} | {setting} | {row['measure'].replace('_', ' ')} | {row['value']:.3g} |")
+    return lines
+
+
+def filled(readme: str) -> str:
+    """The README with both tables as the measurements have them."""
+    for table, rows in (("methods", methods()), ("bench", bench())):
+        text = f"<!-- {table} -->\n" + "".join(row + "\n" for row in rows) + f"<!-- /{table} -->"
+        readme = re.sub(rf"<!-- {table} -->.*?<!-- /{table} -->", lambda _, text=text: text, readme, flags=re.DOTALL)
+    return readme
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
