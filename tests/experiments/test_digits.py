@@ -55,8 +55,7 @@ def test_minibatches_depend_on_seed_and_step_alone():
 
 @pytest.mark.parametrize(("variant", "least"), [("eggroll", 0.75), ("backprop", 0.9)])
 def test_small_recipe_learns(variant, least, tmp_path):
-    overrides = ["es.members=256"] if variant == "eggroll" else []
-    result = pretrain.train(load(variant, *overrides), str(tmp_path))
+    result = pretrain.train(load(variant), str(tmp_path))
     history = rows(tmp_path)
     assert result["score"] > 100 * least and result["measure"] == "test accuracy in %"
     assert json.loads((tmp_path / "result.json").read_text()) == result
