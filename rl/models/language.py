@@ -1,0 +1,91 @@
+"""What a language model is to the rest of the code: a configuration and pure functions of one sequence."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Params = dict[str, Any]
+Cache = Any
+_STACK = "layers"
+
+
+class LanguageModel(NamedTuple):
+    """Pure functions of ONE sequence; batches come from `jax.vmap`, which leaves the weights unbatched.
+
+    `make` returns the same object for equal configurations, so a model can be a static argument of `jax.jit`.
+
+    Attributes:
+        config: `TransformerConfig` or `RWKV7Config`, frozen, with `vocab`, `layers`, `width`, `dtype`, `scan_layers`.
+        init: key -> params, a nested dict; kernels are [in, out], stacked [layers, ...] where `scan_layers`.
+        empty: length -> cache of one sequence of at most so many tokens (the length means nothing to RWKV).
+        forward: (params, ids [L] i32, cache=None, start=0, count=None, experts=None) -> (hidden [L, width], cache).
+            ids are the tokens at positions start .. start + count - 1; entries from `count` (default L) on are padding, which
+            leaves no trace in the cache and whose hidden rows mean nothing. Without a cache: a whole sequence from position
+            0, the form for training and scoring, and the cache returned is None. With one: as many further tokens as given.
+            A token beyond the cache's length is not stored; check lengths before.
+            experts: [layers, L, k] i32 forces the experts of every token (mixture-of-experts models only); rows of layers
+            without experts are ignored.
+        routed: as forward, -> (hidden, cache, experts [layers, L, k] i32): also which experts were used, -1 in layers without.
+            None for models without experts.
+        head: (params, hidden [..., width]) -> logits [..., vocab], f32 (f64 for an f64 model).
+        rules: (pattern, form) for `eggroll.strategy(rules=...)`: axis letters of the stacked weights, "full" for vectors.
+    """
+
+    config: Any
+    init: Callable[[jax.Array], Params]
+    empty: Callable[[int], Cache]
+    forward: Callable[..., tuple[jax.Array, Cache | None]]
+    routed: Callable[..., tuple[jax.Array, Cache | None, jax.Array]] | None
+    head: Callable[[Params, jax.Array], jax.Array]
+    rules: tuple[tuple[str, str], ...]
+
+
+def stack_layers(params: Params) -> Params:
+    """Parameters with "layer_0", "layer_1", ... -> one "layers" whose arrays have a leading axis over layers.
+
+    Raises:
+        ValueError: layers that differ in structure.
+    """
+    names = layer_names(params)
+    trees = [jax.tree.structure(params[name]) for name in names]
+    if any(tree != trees[0] for tree in trees):
+        odd = next(name for name, tree in zip(names, trees, strict=True) if tree != trees[0])
+        raise ValueError(f"layers must have the same parameters to be stacked; {odd} differs from {names[0]}")
+    rest = {name: value for name, value in params.items() if name not in names}
+    return rest | {_STACK: jax.tree.map(lambda *xs: jnp.stack(xs), *(params[name] for name in names))}
+
+
+def unstack_layers(params: Params) -> Params:
+    """The inverse of `stack_layers`; parameters without a "layers" entry are returned as they are."""
+    if _STACK not in params:
+        return params
+    count = jax.tree.leaves(params[_STACK])[0].shape[0]
+    rest = {name: value for name, value in params.items() if name != _STACK}
+    return rest | {f"layer_{i}": jax.tree.map(lambda x, i=i: x[i], params[_STACK]) for i in range(count)}
+
+
+def layer_names(params: Params) -> list[str]:
+    """The names of unstacked layers, in order."""
+    return sorted((name for name in params if name.startswith("layer_")), key=lambda name: int(name.split("_")[1]))
+
+
+def stacked_rules(params: Params, forms: dict[str, str]) -> tuple[tuple[str, str], ...]:
+    """An eggroll rule for every leaf that is not a plain matrix.
+
+    Args:
+        params: of the model, arrays or shapes.
+        forms: last key of a path -> axis letters of one layer's weight; other leaves are "io" where they are matrices of one
+            layer, else "full".
+    """
+    rules: dict[str, str] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        keys = [key.key for key in path]
+        lead = int(keys[0] == _STACK)
+        form = forms.get(keys[-1], "io" if len(leaf.shape) - lead == 2 else "full")
+        form = form if form == "full" else "s" * lead + form
+        if (len(leaf.shape), form) in ((2, "io"), (1, "full")):
+            continue  # what eggroll does without a rule
+        rules["(^|/)" + "/".join(keys) + "$"] = form
+    return tuple(rules.items())
