@@ -35,7 +35,7 @@ def map_members(
     own = 0 if per_member else None
 
     def over(fn, axes, size):  # the size, because a tree of frozen or absent parts has nothing to map
-        return jax.vmap(fn, (*axes, own), axis_size=size)
+        return mapped(fn, (*axes, own), size)
 
     over_rows = over(over(member, (None, None, 0), population.signs), (0, None, None), population.rows)
 
@@ -46,7 +46,7 @@ def map_members(
     def blocks(ids):
         rows, columns, data = ids
         parts = draw(rows, columns)
-        return jax.vmap(columns_of, (0, 0, own), axis_size=rows.shape[0])(*parts, batch if data is None else data)
+        return mapped(columns_of, (0, 0, own), rows.shape[0])(*parts, batch if data is None else data)
 
     def block_in_chunks(ids):
         rows, columns, data = jax.tree.map(lambda x: x[0], ids)
@@ -72,6 +72,21 @@ def map_members(
     else:
         out = _in_chunks(block_in_chunks, ids, 1)
     return jax.tree.map(lambda x: x.swapaxes(1, 2).reshape(population.size, *x.shape[4:]), out)
+
+
+def mapped(fn: Callable, axes: tuple[int | None, ...], size: int) -> Callable:
+    """vmap over leading axes (0 or None per argument) of this size; an axis of size 1 is dropped and put back.
+
+    XLA's CPU compiler makes slower code for the same work in arrays with axes of size 1.
+    """
+    if size != 1:
+        return jax.vmap(fn, axes, axis_size=size)
+
+    def once(*args):
+        out = fn(*(x if axis is None else _first(x) for x, axis in zip(args, axes, strict=True)))
+        return jax.tree.map(lambda x: jnp.expand_dims(x, 0), out)
+
+    return once
 
 
 def _in_chunks(fn: Callable, xs, size: int):

@@ -166,7 +166,8 @@ def draw(requests: Sequence[tuple[Leaf, int]], key: Sequence[Array], ids: Array,
         words = noise_bits.words((key[0], key[1], hashes, key[2]), (ids[..., None], layers, roles), length)
         ends = np.cumsum([streams[i].stacked for i in mine])
         drawn |= dict(zip(mine, jnp.split(words, ends[:-1], axis=-2), strict=True))
-    return [stream.numbers(drawn[i]) for i, stream in enumerate(streams)]
+    numbers = lambda key, words: [stream.numbers(row) for stream, row in zip(streams, words, strict=True)]
+    return noise_bits.once(numbers, tuple(key), [drawn[i] for i in range(len(streams))])
 
 
 def factors(

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from eggroll import fitness, noise
 from eggroll.estimate import Estimate, gradients
-from eggroll.members import map_members
+from eggroll.members import map_members, mapped
 from eggroll.perturb import RULES as PERTURBATION_RULES
 from eggroll.perturb import Interpreter, LowRank
 from eggroll.population import Population
@@ -243,7 +243,8 @@ class Strategy:
         def member(lefts, rights, sign, rows):
             params = self._perturbed(plan, state, lefts, rights, sign)
             run = Interpreter(PERTURBATION_RULES, self.materialise)
-            return jax.vmap(lambda row: run.call(score, params, row))(rows)
+            size = jax.tree.leaves(rows)[0].shape[0]
+            return mapped(lambda row: run.call(score, params, row), (0,), size)(rows)
 
         return map_members(member, draw, self.population, batch, per_member, self.chunk)
 

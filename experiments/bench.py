@@ -199,10 +199,9 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     for case in options.cases:
         for row in CASES[case](options.repeats):
-            line = json.dumps(
-                {"case": case, **row, **_machine(), "command": "python -m experiments.bench " + " ".join(arguments),
-                 "date": datetime.date.today().isoformat()}
-            )  # fmt: skip
+            command = f"python -m experiments.bench {case} --repeats={options.repeats}"
+            date = datetime.date.today().isoformat()
+            line = json.dumps({"case": case, **row, **_machine(), "command": command, "date": date})
             print(line, flush=True)
             print(f"{case}: {row['measure']} = {row['value']} {row['setting']}", file=sys.stderr)
             if options.out:

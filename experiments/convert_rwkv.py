@@ -50,9 +50,13 @@ def read(source: str | Path) -> dict:
             f"reading a .pth file safely needs torch >= {'.'.join(map(str, _TORCH))}; got {torch.__version__}: upgrade torch"
         )
     try:
-        tensors = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, ValueError, EOFError) as error:
-        raise ValueError(f"{source} is no file of tensors: {error}") from error
+        tensors = torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 - torch raises whatever the file's content makes it raise
+        # Not torch's own text: it goes on to advise weights_only=False, which would run the file's code.
+        raise ValueError(
+            f"{source} is not a file that torch.load(weights_only=True) reads ({type(error).__name__}): it must hold a "
+            "dictionary of tensors and nothing else"
+        ) from error
     if not isinstance(tensors, dict) or not all(isinstance(x, torch.Tensor) for x in tensors.values()):
         raise ValueError(f"{source} must hold a dictionary of tensors; it holds a {type(tensors).__name__}")
     return tensors

@@ -1,6 +1,7 @@
 """What callers import: words of noise, and the two distributions made of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -32,10 +33,24 @@ def words(key: Sequence[ArrayLike], stream: Sequence[ArrayLike], count: int) -> 
     return reference.words(key, stream, count)
 
 
+def once(fn: Callable, key: Sequence[ArrayLike], *args: Any) -> Any:
+    """fn(key, *args), kept apart from whatever reads the result.
+
+    XLA would otherwise fuse cheap elementwise code, a whole hash included, into every reader and compute it again for each
+    element that is read: noise is read once per member, and packed bits 32 times.
+
+    Args:
+        fn: pure function of arrays.
+        key: as for `words`; at least one array.
+        args: pytrees of arrays.
+    """
+    return reference.once(fn, key, *args)
+
+
 def gaussian(bits: jnp.ndarray) -> jnp.ndarray:
     """One near-Gaussian per word: (popcount of 16 bits - 8 + uniform fill) / standard deviation.
 
-    Mean 0 and variance 1 exactly, symmetric (complementing the word negates the value), excess kurtosis -0.1205,
+    Mean 0 and variance 1 exactly, symmetric (complementing the word negates the value), excess kurtosis -0.1204,
     |z| <= 4.21. Drawn in f32 with exactly rounded operations only, so that every device gives the same bits.
 
     Args:

@@ -4,8 +4,10 @@ Source of the generator: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -65,20 +67,23 @@ def _words(key: Sequence[ArrayLike], stream: Sequence[ArrayLike], count: int) ->
 
 
 def words(key: Sequence[ArrayLike], stream: Sequence[ArrayLike], count: int) -> jnp.ndarray:
-    """The first `count` words of every stream; see `kernels.noise_bits.api.words`.
-
-    On a CPU the hash sits in a conditional that is always taken, because XLA would otherwise fuse it into whatever reads
-    the words and hash again at every read (32 times for packed bits); XLA drops an optimization barrier before it fuses.
-    """
+    """The first `count` words of every stream; see `kernels.noise_bits.api.words`."""
     key, stream = (tuple(jnp.asarray(word, jnp.uint32) for word in part) for part in (key, stream))
-    shape = jnp.broadcast_shapes(*(word.shape for word in (*key, *stream))) + (count,)
-    draw = lambda key, stream: _words(key, stream, count)
+    return once(lambda key, stream: _words(key, stream, count), key, stream)
 
-    def drawn_once(key, stream):
+
+def once(fn: Callable, key: Sequence[jnp.ndarray], *args: Any) -> Any:
+    """fn(key, *args), computed once; see `kernels.noise_bits.api.once`.
+
+    On a CPU it sits in a conditional that is always taken: XLA drops an optimization barrier before it fuses.
+    """
+
+    def guarded(key, *args):
         taken = jnp.ravel(key[0])[0] | np.uint32(1)
-        return lax.cond(taken != 0, draw, lambda key, stream: jnp.zeros(shape, jnp.uint32), key, stream)
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, key, *args))
+        return lax.cond(taken != 0, fn, lambda key, *args: nothing, key, *args)
 
-    return lax.platform_dependent(key, stream, cpu=drawn_once, default=draw)
+    return lax.platform_dependent(key, *args, cpu=guarded, default=fn)
 
 
 def gaussian(bits: jnp.ndarray) -> jnp.ndarray:

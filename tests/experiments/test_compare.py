@@ -1,0 +1,78 @@
+"""Comparisons: every recipe and seed runs once, and what they scored is written down and drawn."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments import compare, report
+
+CONFIGS = ["configs/control_pendulum.py", "configs/control_pendulum.py:ppo", "configs/digits.py:backprop"]
+SETTINGS = {
+    "control_pendulum": {"env": "Pendulum-v1", "method": "eggroll", "es": {"population": "crossed", "rank": 1}},
+    "control_pendulum_ppo": {"env": "Pendulum-v1", "method": "ppo"},
+    "digits_backprop": {"task": "digits", "method": "backprop"},
+}
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Commands that `compare` runs; each writes what a finished run leaves."""
+    commands = []
+
+    def run(command, **options):
+        commands.append(command[2:4])
+        folder = Path(next(c.partition("=")[2] for c in command if c.startswith("--workdir=")))
+        seed = int(next(c.partition("=")[2] for c in command if c.startswith("--config.seed=")))
+        folder.mkdir(parents=True)
+        settings = SETTINGS[folder.name.rpartition("_")[0]]
+        unit, metric = ("env_steps", "eval_return") if "env" in settings else ("examples", "test_accuracy")
+        metrics = [{"step": n, unit: 100 * n, metric: 10.0 * n + seed} for n in (1, 2)]
+        timing = [{"step": n, "seconds": 1.5 * n} for n in (1, 2)]
+        result = {"measure": "mean return", "score": 20.0 + seed, "seed": seed, "seconds": 3.0} | {
+            k: v for k, v in settings.items() if k != "es"
+        }
+        (folder / "config.json").write_text(json.dumps(settings | {"seed": seed}))
+        (folder / "result.json").write_text(json.dumps(result))
+        for name, rows in (("metrics", metrics), ("timing", timing)):
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    monkeypatch.setattr(compare.subprocess, "run", run)
+    return commands
+
+
+def test_runs_once_and_writes_scores_curves_and_figure(started, tmp_path):
+    arguments = [*CONFIGS, f"--workdir={tmp_path / 'runs'}", f"--out={tmp_path / 'out' / 'pair'}", "--seeds=2"]
+    compare.main(arguments)
+    assert started == [
+        [f"experiments.{script}", f"--config={config}"]
+        for script, config in zip(("control", "control", "pretrain"), CONFIGS, strict=True)
+        for _ in range(2)
+    ]
+    rows = json.loads((tmp_path / "out" / "pair.json").read_text())
+    assert [(row["config"], row["seed"], row["score"]) for row in rows] == [
+        (c, s, 20.0 + s) for c in CONFIGS for s in (0, 1)
+    ]
+    assert [row["name"] for row in rows[::2]] == ["EGGROLL, crossed, rank 1", "PPO", "backprop"]
+    assert rows[1]["curve"] == {"env_steps": [100.0, 200.0], "seconds": [1.5, 3.0], "eval_return": [11.0, 21.0]}
+    assert rows[-1]["curve"]["test_accuracy"] == [11.0, 21.0]
+    assert (tmp_path / "out" / "pair.png").read_bytes().startswith(b"\x89PNG")
+    compare.main(arguments)
+    assert len(started) == 6  # nothing is run again
+
+
+def test_the_readme_row_of_a_recipe_has_median_every_seed_and_time(started, tmp_path, monkeypatch):
+    for name in ("compare", "recipes"):
+        compare.main(
+            [CONFIGS[name == "recipes"], f"--workdir={tmp_path / 'runs'}", f"--out={tmp_path / name}", "--seeds=3"]
+        )
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    first, second = (line.strip("| ").split(" | ") for line in report.methods())
+    score = "Pendulum-v1: mean return **21** (20, 21, 22)"
+    assert first == ["EGGROLL, crossed, rank 1", "`eggroll/strategy.py`", f"`{CONFIGS[0]}`", score, "3 s"]
+    assert second == ["PPO", "`rl/control/ppo.py`", f"`{CONFIGS[1]}`", score, "3 s"]
+
+
+def test_the_default_is_every_method_on_both_environments():
+    assert len(compare.DEFAULT) == 10 and len(set(compare.DEFAULT)) == 10
+    assert all((report.ROOT / config.partition(":")[0]).is_file() for config in compare.DEFAULT)
