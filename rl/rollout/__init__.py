@@ -1,0 +1,1 @@
+"""Text from language models: generating it, and scoring what is given."""
