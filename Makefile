@@ -4,7 +4,7 @@ VENV ?= .venv
 WORKDIR ?= runs/quickstart
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test fast lint clean
+.PHONY: quickstart test fast lint reference clean
 
 quickstart: $(VENV)/.installed-quickstart  ## learn CartPole-v1 from nothing, then draw the run
 	$(BIN)/python -m experiments.control --config=configs/control_cartpole.py --workdir=$(WORKDIR)
@@ -20,6 +20,8 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+reference: $(VENV)/.installed-dev $(VENV)/.installed-reference  ## torch, transformers and rwkv, which `test` then compares models with
+
 clean:
 	rm -rf $(VENV)
 
@@ -29,6 +31,7 @@ $(BIN)/python:
 # A stamp younger than the two files below says that the environment fits them.
 $(VENV)/.installed-quickstart: EXTRAS = control,plot
 $(VENV)/.installed-dev: EXTRAS = dev
+$(VENV)/.installed-reference: EXTRAS = reference
 $(VENV)/.installed-%: setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[$(EXTRAS)]'
 	touch $@
