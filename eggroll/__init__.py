@@ -10,6 +10,7 @@ def generation(state, batch):
 
 from eggroll import fitness, scale
 from eggroll.estimate import Estimate
+from eggroll.members import Drawn, rows
 from eggroll.perturb import LowRank, PerturbationError, infer_rules
 from eggroll.perturb import call as perturbed_call
 from eggroll.population import Population, antithetic, crossed, independent
@@ -17,6 +18,7 @@ from eggroll.scale import anchored_weight_decay, convert_learning_rate, predicte
 from eggroll.strategy import State, Strategy, strategy
 
 __all__ = [
+    "Drawn",
     "Estimate",
     "LowRank",
     "PerturbationError",
@@ -32,6 +34,7 @@ __all__ = [
     "infer_rules",
     "perturbed_call",
     "predicted_cosine",
+    "rows",
     "scale",
     "strategy",
 ]

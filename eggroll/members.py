@@ -1,12 +1,98 @@
-"""Runs one member's function for the whole population: members x evaluations laid out, chunked, vectorised."""
+"""One member's parameters, and one member's function run for the whole population: laid out, chunked, vectorised."""
 
-from collections.abc import Callable
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from eggroll.noise import Leaf
+from eggroll.perturb import LowRank
 from eggroll.population import Population
+
+
+def perturbed(plan: Sequence[Leaf], params, lefts: list, rights: list, weight: Array):
+    """params + weight * noise: low-rank weights as `LowRank`, fully perturbed ones as arrays.
+
+    Args:
+        plan: the leaves, in flattening order.
+        params: the mean parameters.
+        lefts, rights: per leaf, the two factors of one member in the layout of `LowRank`, or the row and column parts of full
+            noise (column part None where rows are not shared); sigma is in the left ones.
+        weight: f32 scalar: +1 or -1, the member's sign; 0 gives the mean.
+    """
+    leaves, tree = jax.tree.flatten(params)
+
+    def member(leaf, base, left, right):
+        if leaf.form == "frozen":
+            return base
+        wide = lambda x: x.astype(jnp.promote_types(base.dtype, jnp.float32))
+        if leaf.low_rank:
+            return LowRank(base, wide(left), wide(right), wide(weight), leaf.path)
+        full = wide(left) if right is None else wide(left) * wide(right)
+        return base + (wide(weight) * full).astype(base.dtype)
+
+    return jax.tree.unflatten(tree, [member(*x) for x in zip(plan, leaves, lefts, rights, strict=True)])
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("params", "lefts", "rights"),
+    meta_fields=("plan", "population"),
+)
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """One generation: the mean parameters and all noise factors, made by `Strategy.draw`.
+
+        run = lambda params, x: eggroll.perturbed_call(model, params, x)
+        rows, axes = eggroll.rows(drawn, members)          # members [S]: any, in any order, -1 for the mean
+        y = jax.vmap(run, in_axes=(axes, 0))(rows, x)      # x [S, ...]; the base weights stay unbatched
+
+    Attributes:
+        params: the mean parameters.
+        lefts, rights: per leaf, the factors of every row and every column of the population (leading axis).
+        plan: how each leaf is perturbed.
+        population: which row and column a member has.
+    """
+
+    params: Any
+    lefts: list
+    rights: list
+    plan: tuple[Leaf, ...]
+    population: Population
+
+    def member(self, index: Array):
+        """One member's parameters, low-rank weights as factors; index -1 is the unperturbed mean."""
+        row, column, sign = self.population.coordinates(jnp.maximum(index, 0))
+        weight = jnp.where(index < 0, 0.0, 1 - 2 * sign.astype(jnp.float32))
+        pick = lambda side, i: [None if x is None else x[i] for x in side]
+        return perturbed(self.plan, self.params, pick(self.lefts, row), pick(self.rights, column), weight)
+
+
+def rows(weights, members: Array):
+    """Parameters of several members for a `vmap` over them, and its axes.
+
+    Args:
+        weights: `Drawn`, or plain parameters, which are the same for every row.
+        members: i32 [S], index of each row's member, -1 for the mean; ignored with plain parameters.
+
+    Returns:
+        (parameters, in_axes): what differs between rows has a leading axis S, what does not (every base matrix) has none.
+    """
+    if not isinstance(weights, Drawn):
+        return weights, None
+    forms = jax.tree.unflatten(jax.tree.structure(weights.params), weights.plan)
+
+    def axes(leaf, base):
+        if leaf.low_rank:
+            return LowRank(None, 0, 0, 0, leaf.path)
+        return None if leaf.form == "frozen" else 0
+
+    axes = jax.tree.map(axes, forms, weights.params)
+    return jax.vmap(weights.member, out_axes=axes)(members), axes
 
 
 def map_members(

@@ -15,10 +15,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from eggroll import fitness, noise
 from eggroll.estimate import Estimate, gradients
-from eggroll.members import map_members, mapped
+from eggroll.members import Drawn, map_members, mapped, perturbed
 from eggroll.perturb import RULES as PERTURBATION_RULES
 from eggroll.perturb import Interpreter, LowRank
 from eggroll.population import Population
+from kernels import noise_bits
 
 Score = Callable[[Any, Any], Any]
 
@@ -101,6 +102,18 @@ class Strategy:
         chex.assert_shape(state.generation, ())
         out = self._members(state, _scalar(score, has_aux), batch, per_member)
         return out if has_aux else out[0]
+
+    def draw(self, state: State) -> Drawn:
+        """Every member of this generation at once, as the mean parameters and all factors.
+
+        For loops that run members in an order of their own, such as a rollout engine's slots, and must not draw noise inside:
+        see `Drawn`. Memory: (rows + columns) factor sets of the population, each about as large as one input and one output of
+        every matrix times the rank.
+        """
+        plan = self._plan(state.params)
+        flat = lambda ids: ids.reshape(-1)
+        lefts, rights = self._draw(plan, state, flat(self.population.row_ids()), flat(self.population.column_ids()))
+        return Drawn(state.params, lefts, rights, plan, self.population)
 
     def evaluate_mean(self, state: State, score: Score, batch, *, has_aux: bool = False):
         """Scores [E] of the unperturbed mean parameters on every row of the batch (and aux [E, ...])."""
@@ -203,35 +216,28 @@ class Strategy:
         return lax.with_sharding_constraint(ids, NamedSharding(self.mesh, axes))
 
     def _draw(self, plan, state: State, rows: Array, columns: Array) -> tuple[list, list]:
-        """Noise for these factor identities, laid out as members use it: row parts and column parts of every leaf."""
+        """Noise for these factor identities, laid out and scaled as members use it: row and column parts of every leaf."""
         crossed = self.population.columns > 1
-        parts = noise.factors(plan, self._noise_key(state), rows, columns, self.rank, self.noise, crossed)
+        key = self._noise_key(state)
+        rows, columns = noise.factors(plan, key, rows, columns, self.rank, self.noise, crossed)
+        sigma = self._sigma(state)
+
+        def scaled(leaf, x):  # the row part carries sigma, which then costs nothing per member
+            if x is None:
+                return None
+            x = x.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+            return x * (sigma.astype(x.dtype) / math.sqrt(self.rank) if leaf.low_rank else sigma.astype(x.dtype))
+
+        rows = noise_bits.once(lambda key, rows: list(map(scaled, plan, rows)), key, rows)
         laid = lambda role: lambda leaf, x: noise.unfold(leaf, x, role) if leaf.low_rank else x
-        return list(map(laid(noise.LEFT), plan, parts[0])), list(map(laid(noise.RIGHT), plan, parts[1]))
+        return list(map(laid(noise.LEFT), plan, rows)), list(map(laid(noise.RIGHT), plan, columns))
 
     def _one(self, state: State, member: Array):
         """One member's parameters, low-rank weights as factors."""
         row, column, sign = self.population.coordinates(member)
         plan = self._plan(state.params)
         lefts, rights = self._draw(plan, state, row.astype(jnp.uint32), column.astype(jnp.uint32))
-        return self._perturbed(plan, state, lefts, rights, 1 - 2 * sign.astype(jnp.float32))
-
-    def _perturbed(self, plan, state: State, lefts: list, rights: list, sign: Array):
-        """One member's parameters: low-rank weights as factors, full ones as arrays."""
-        leaves, tree = jax.tree.flatten(state.params)
-        sigma = self._sigma(state)
-
-        def member(leaf, base, left, right):
-            if leaf.form == "frozen":
-                return base
-            wide = lambda x: x.astype(jnp.promote_types(base.dtype, jnp.float32))
-            step = wide(sign) * wide(sigma)
-            if leaf.low_rank:
-                return LowRank(base, wide(left), wide(right), step / math.sqrt(self.rank), leaf.path)
-            full = wide(left) if right is None else wide(left) * wide(right)
-            return base + (step * full).astype(base.dtype)
-
-        return jax.tree.unflatten(tree, [member(*x) for x in zip(plan, leaves, lefts, rights, strict=True)])
+        return perturbed(plan, state.params, lefts, rights, 1 - 2 * sign.astype(jnp.float32))
 
     def _members(self, state: State, score, batch, per_member: bool):
         """Scores and aux of all members, with leading axes [N, E]."""
@@ -241,7 +247,7 @@ class Strategy:
             return self._draw(plan, state, self._place(rows), columns)
 
         def member(lefts, rights, sign, rows):
-            params = self._perturbed(plan, state, lefts, rights, sign)
+            params = perturbed(plan, state.params, lefts, rights, sign)
             run = Interpreter(PERTURBATION_RULES, self.materialise)
             size = jax.tree.leaves(rows)[0].shape[0]
             return mapped(lambda row: run.call(score, params, row), (0,), size)(rows)

@@ -17,10 +17,6 @@ from kernels import lowrank_matmul
 _RANK = -1  # label of the rank axis; other axes are labelled from 0
 
 
-def _corrected(base: Array, w: LowRank, correction: Array) -> Array:
-    return base + (w.scale * correction).astype(base.dtype)
-
-
 def _dot_general(eqn, lhs, rhs):
     if is_weight(lhs) and is_weight(rhs):
         return NotImplemented
@@ -34,11 +30,12 @@ def _dot_general(eqn, lhs, rhs):
     first, second = min((factors, factors[::-1]), key=lambda pair: _middle(x_labels, *pair, contracted, sizes)[1])
     middle, _ = _middle(x_labels, first, second, contracted, sizes)
     t = lowrank_matmul.contract(x, x_labels, first[0].astype(x.dtype), first[1], middle)
+    t = t * w.scale.astype(t.dtype)  # here and not on the result, which is larger
     y = lowrank_matmul.contract(
         t, middle, second[0].astype(t.dtype), second[1], [a for a in out if a in (*middle, *second[1])]
     )
     lacking = [a for a in out if a not in (*middle, *second[1])]  # axes the weight was broadcast along
-    return _corrected(base, w, jnp.expand_dims(y, [out.index(a) for a in lacking]))
+    return base + jnp.expand_dims(y, [out.index(a) for a in lacking]).astype(base.dtype)
 
 
 def _labels(dimension_numbers, lhs_ndim: int, rhs_ndim: int):
@@ -137,9 +134,9 @@ def _conv(eqn, lhs, rhs):
     filters = jnp.concatenate([filters] * groups, axis=out_axis).astype(lhs.dtype)
     t = jnp.moveaxis(eqn.primitive.bind(lhs, filters, **p), channel, -1)
     t = t.reshape(*t.shape[:-1], groups, rhs.rank)
-    weights = outer.reshape(groups, rhs.shape[out_axis] // groups, rhs.rank).astype(t.dtype)
+    weights = (rhs.scale * outer).reshape(groups, rhs.shape[out_axis] // groups, rhs.rank).astype(t.dtype)
     y = jnp.einsum("...gr,gor->...go", t, weights).reshape(*t.shape[:-2], rhs.shape[out_axis])
-    return _corrected(base, rhs, jnp.moveaxis(y, -1, channel))
+    return base + jnp.moveaxis(y, -1, channel).astype(base.dtype)
 
 
 RULES = {"conv_general_dilated": _conv, "dot_general": _dot_general, "gather": _gather}

@@ -27,7 +27,7 @@ class LowRank(Weight):
         base: [*shape], shared by all members.
         left: [*(d or 1 for d in shape), r], f32.
         right: [*(1 or d for d in shape), r], f32.
-        scale: scalar, sign * sigma / sqrt(r).
+        scale: scalar: a member's sign, where sigma / sqrt(r) is in the left factor.
         path: the parameter it came from, for messages.
         activation: whether it may be an activation by now: rows of it picked by index, or an array added to it.
     """
