@@ -14,18 +14,18 @@ def log_prob(
     length = len(ids)
     blocks = max(1, -(-length // block))
     rows = -(-length // blocks)  # the fewest that give as many blocks: 129 rows are 65 + 65, not 128 + 128
-    cut = lambda x: jnp.pad(x, [(0, blocks * rows - length)] + [(0, 0)] * (x.ndim - 1)).reshape(
-        blocks, rows, *x.shape[1:]
-    )
-    logits = _wide_gradient(head if callable(head) else lambda part: _product(part, head), hidden[:1])
+    fill = blocks * rows - length
+    parts = jnp.pad(hidden, ((0, fill), (0, 0))).reshape(blocks, rows, hidden.shape[1])
+    tokens = jnp.pad(ids, (0, fill)).reshape(blocks, rows)
+    logits = _wide_gradient(head if callable(head) else lambda part: _product(part, head), parts[0])
 
     # prevent_cse guards against a compiler that merges the second product with the first: none can, across two loops
     @lambda f: jax.checkpoint(f, prevent_cse=False)
-    def one(operands):
-        part, tokens = operands
+    def one(block):
+        part, tokens = block
         return of_logits(logits(part) / temperature, tokens)
 
-    return jax.tree.map(lambda x: x.reshape(-1)[:length], lax.map(one, (cut(hidden), cut(ids))))
+    return jax.tree.map(lambda x: x.reshape(-1)[:length], lax.map(one, (parts, tokens)))
 
 
 def of_logits(logits: Array, ids: Array) -> tuple[Array, Array]:
@@ -45,8 +45,11 @@ def _product(rows: Array, matrix: Array) -> Array:
     return jnp.matmul(rows, matrix, preferred_element_type=wide)
 
 
-def _wide_gradient(head: Callable[[Array], Array], rows: Array) -> Callable[[Array], Array]:
-    """The same function, whose closed-over values' gradients are summed over the loop in f32 where they are narrower."""
-    pure, values = jax.closure_convert(head, rows)
+def _wide_gradient(head: Callable[[Array], Array], part: Array) -> Callable[[Array], Array]:
+    """The same function of a block like `part`; what it closes over has its gradient summed over the loop in f32 at least.
+
+    The two casts cancel in the compiled program: no f32 copy of a bf16 head exists.
+    """
+    pure, values = jax.closure_convert(head, part)
     wide = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in values]
     return lambda part: pure(part, *(w.astype(x.dtype) for w, x in zip(wide, values, strict=True)))

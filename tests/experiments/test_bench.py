@@ -2,10 +2,16 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import eggroll
 from experiments import bench
+from experiments.bench import evolution, harness, language
+from rl.models.presets import make, preset
+from rl.rollout.score import score as blocked_score
 
 
 def test_things_compared_are_timed_in_turn_and_the_median_counts(monkeypatch):
@@ -18,8 +24,8 @@ def test_things_compared_are_timed_in_turn_and_the_median_counts(monkeypatch):
         now[0] += next(durations[name])
         return next(clock)
 
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
-    seconds = bench.timed_in_turn({name: lambda name=name: work(name) for name in durations}, repeats=3)
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: now[0])
+    seconds = harness.timed_in_turn({name: lambda name=name: work(name) for name in durations}, repeats=3)
     assert calls == ["slow", "fast"] * 5
     assert seconds == {"slow": 4, "fast": 1}  # of (3, 9, 4) and (1, 1, 2): two rounds of warm-up do not count
 
@@ -27,7 +33,7 @@ def test_things_compared_are_timed_in_turn_and_the_median_counts(monkeypatch):
 def small_settings():
     for design in ("crossed", "antithetic"):
         setting = {"width": 16, "members": 16, "rows": 1, "rank": 1, "design": design, "noise": "gaussian"}
-        yield setting, bench._functions(16, getattr(eggroll, design)(16))
+        yield setting, evolution._functions(16, getattr(eggroll, design)(16))
 
 
 @pytest.mark.parametrize(
@@ -38,8 +44,8 @@ def small_settings():
     ],
 )
 def test_one_json_object_per_line(case, measure, parts, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(bench, "_dense_settings", small_settings)
-    bench.main([case, "--repeats=2", f"--out={tmp_path / 'out.jsonl'}"])
+    monkeypatch.setattr(evolution, "_dense_settings", small_settings)
+    harness.main([case, "--repeats=2", f"--out={tmp_path / 'out.jsonl'}"], bench.CASES)
     out, err = capsys.readouterr()
     rows = [json.loads(line) for line in out.splitlines()]
     assert [row["setting"]["design"] for row in rows] == ["crossed", "antithetic"]
@@ -54,5 +60,27 @@ def test_one_json_object_per_line(case, measure, parts, monkeypatch, capsys, tmp
 
 def test_an_unknown_case_lists_those_that_exist(capsys):
     with pytest.raises(SystemExit) as error:
-        bench.main(["decoding"])
+        harness.main(["decoding"], bench.CASES)
     assert error.value.code == 2 and "population_forward" in capsys.readouterr().err
+
+
+def test_score_compares_equal_results_and_says_what_memory_they_take(monkeypatch):
+    model = make(preset("tiny-transformer", vocab=8192, layers=1))
+    monkeypatch.setattr(language, "_score_settings", lambda: iter([({"vocab": 8192}, model, 8, 160)]))
+    rows = list(language.score(1))
+    assert [row["setting"]["gradient"] for row in rows] == [False, True]
+    for row in rows:
+        assert row["measure"] == "naive_over_blocked"
+        assert row["value"] == pytest.approx(row["seconds"]["naive"] / row["seconds"]["blocked"], rel=0.01, abs=0.01)
+        for name, seconds in row["seconds"].items():
+            assert row["tokens_per_second"][name] == pytest.approx(1280 / seconds, rel=0.01)
+        # naive has all logits at once, 8 * 159 * 8192 floats; the scorer's two blocks half of them
+        saved = row["temporary_bytes"]["naive"] - row["temporary_bytes"]["blocked"]
+        assert saved > 0.4 * 8 * 159 * 8192 * 4
+    operands = (
+        model.init(jax.random.key(0)),
+        jax.random.randint(jax.random.key(1), (2, 40), 0, 8192),
+        jnp.array([40, 9]),
+    )
+    ours, naive = blocked_score(model, *operands), jax.jit(language.naive_score, static_argnums=0)(model, *operands)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, naive)

@@ -1,27 +1,6 @@
-"""Speed, as ratios inside one run: `python -m experiments.bench CASE [CASE...] [--out=results.jsonl]`.
+"""Evolution strategies on dense layers and on control: see the package."""
 
-Each measurement is one JSON object on one line of standard output; everything else goes to standard error. The things
-compared are compiled, warmed up, and then timed in turn, round after round; a value is the ratio of the median seconds.
-
-* population_forward, `inference_over_forward`: five dense layers with bias and relu on N rows, plain, against N perturbed
-  members on one row each, noise drawn included.
-* es_update, `update_over_forward`: the estimate from N scores (noise drawn again), against that forward.
-* openes, `openes_over_eggroll`: forward and estimate with full-rank noise, against low-rank noise. Full-rank members are
-  independent, or antithetic pairs (half the noise).
-* control, `eggroll_over_evosax`: environment steps per second of whole generations, against evosax's OpenES on the same
-  environment, policy and population.
-"""
-
-import argparse
-import datetime
-import functools
-import json
-import os
-import statistics
-import sys
-import time
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from typing import Any
 
 import jax
@@ -29,21 +8,9 @@ import jax.numpy as jnp
 import optax
 
 import eggroll
+from experiments.bench.harness import row, timed_in_turn
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "eggroll-jax")
 LAYERS = 5
-
-
-def timed_in_turn(fns: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each function, all of them called once a round, after two rounds that do not count."""
-    seconds = {name: [] for name in fns}
-    for turn in range(repeats + 2):
-        for name, fn in fns.items():
-            start = time.perf_counter()
-            jax.block_until_ready(fn())
-            if turn >= 2:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def network(params, x):
@@ -90,14 +57,14 @@ def population_forward(repeats: int) -> Iterator[dict[str, Any]]:
     """Perturbed forward against plain batched inference."""
     for setting, fns in _dense_settings():
         seconds = timed_in_turn({name: fns[name] for name in ("inference", "forward")}, repeats)
-        yield _row(setting, "inference_over_forward", seconds["inference"] / seconds["forward"], seconds, repeats)
+        yield row(setting, "inference_over_forward", seconds["inference"] / seconds["forward"], seconds, repeats)
 
 
 def es_update(repeats: int) -> Iterator[dict[str, Any]]:
     """Estimate against perturbed forward."""
     for setting, fns in _dense_settings():
         seconds = timed_in_turn({name: fns[name] for name in ("forward", "update")}, repeats)
-        yield _row(setting, "update_over_forward", seconds["update"] / seconds["forward"], seconds, repeats)
+        yield row(setting, "update_over_forward", seconds["update"] / seconds["forward"], seconds, repeats)
 
 
 def openes(repeats: int) -> Iterator[dict[str, Any]]:
@@ -119,7 +86,7 @@ def openes(repeats: int) -> Iterator[dict[str, Any]]:
             "design": "crossed",
             "openes_design": design,
         }
-        yield _row(setting, "openes_over_eggroll", seconds["openes"] / seconds["eggroll"], seconds, repeats)
+        yield row(setting, "openes_over_eggroll", seconds["openes"] / seconds["eggroll"], seconds, repeats)
 
 
 def control(repeats: int) -> Iterator[dict[str, Any]]:
@@ -137,8 +104,9 @@ def control(repeats: int) -> Iterator[dict[str, Any]]:
         seconds = timed_in_turn(fns, turns)
         steps = members * env.max_steps
         setting = {"env": "Pendulum-v1", "hidden": list(hidden), "members": members, "design": "crossed", "rank": 1}
-        setting["steps_per_second"] = {name: round(steps / s) for name, s in seconds.items()}
-        yield _row(setting, "eggroll_over_evosax", seconds["evosax"] / seconds["eggroll"], seconds, turns)
+        rates = {name: round(steps / s) for name, s in seconds.items()}
+        ratio = seconds["evosax"] / seconds["eggroll"]
+        yield row(setting, "eggroll_over_evosax", ratio, seconds, turns, steps_per_second=rates)
 
 
 def _eggroll_generation(env, policy, params, members: int) -> Callable[[], Any]:
@@ -173,43 +141,4 @@ def _evosax_generation(env, policy, params, members: int) -> Callable[[], Any]:
     return lambda: generation(state, jax.random.key(1))
 
 
-def _row(
-    setting: dict[str, Any], measure: str, value: float, seconds: dict[str, float], repeats: int
-) -> dict[str, Any]:
-    rounded = {name: round(s, 6) for name, s in seconds.items()}
-    return {"setting": setting, "measure": measure, "value": round(value, 3), "seconds": rounded, "repeats": repeats}
-
-
-@functools.cache
-def _machine() -> dict[str, Any]:
-    device = jax.devices()[0]
-    cpu = device.platform == "cpu"
-    name = f"cpu x{len(os.sched_getaffinity(0))}" if cpu else f"{device.device_kind} x{jax.device_count()}"
-    installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
-    return {"device": name, "versions": {p: installed[p] for p in _PACKAGES if p in installed}}
-
-
 CASES = {case.__name__: case for case in (population_forward, es_update, openes, control)}
-
-
-def main(arguments: list[str]) -> None:
-    """Runs the cases named on the command line."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.bench", description=__doc__.split("\n")[0])
-    parser.add_argument("cases", nargs="+", choices=CASES, metavar="CASE", help=", ".join(CASES))
-    parser.add_argument("--repeats", type=int, default=15, help="rounds that count (fewer in the slow cases)")
-    parser.add_argument("--out", help="also append the lines to this file")
-    options = parser.parse_args(arguments)
-    for case in options.cases:
-        for row in CASES[case](options.repeats):
-            command = f"python -m experiments.bench {case} --repeats={options.repeats}"
-            date = datetime.date.today().isoformat()
-            line = json.dumps({"case": case, **row, **_machine(), "command": command, "date": date})
-            print(line, flush=True)
-            print(f"{case}: {row['measure']} = {row['value']} {row['setting']}", file=sys.stderr)
-            if options.out:
-                with open(options.out, "a", encoding="utf-8") as file:
-                    file.write(line + "\n")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,0 +1,25 @@
+"""Speed, as ratios inside one run: `python -m experiments.bench CASE [CASE...] [--repeats=15] [--out=results.jsonl]`.
+
+Each measurement is one JSON object on one line of standard output; everything else goes to standard error. The things
+compared are compiled, warmed up, and then timed in turn, round after round; a value is the ratio of the median seconds.
+
+`evolution`:
+
+* population_forward, `inference_over_forward`: five dense layers with bias and relu on N rows, plain, against N perturbed
+  members on one row each, noise drawn included.
+* es_update, `update_over_forward`: the estimate from N scores (noise drawn again), against that forward.
+* openes, `openes_over_eggroll`: forward and estimate with full-rank noise, against low-rank noise. Full-rank members are
+  independent, or antithetic pairs (half the noise).
+* control, `eggroll_over_evosax`: environment steps per second of whole generations, against evosax's OpenES on the same
+  environment, policy and population.
+
+`language`:
+
+* score, `naive_over_blocked`: log-probabilities and entropies of given tokens, alone or with the gradient of their sum, from
+  logits of every position at once, against the scorer, which makes them a block of positions at a time. With tokens per
+  second and the bytes of temporary memory that each program is compiled to use.
+"""
+
+from experiments.bench import evolution, language
+
+CASES = evolution.CASES | language.CASES
