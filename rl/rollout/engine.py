@@ -1,0 +1,292 @@
+"""The rollout engine: sequences in static slots, filled and emptied between jitted chunks of decode steps.
+
+Pure functions of a `State`, compiled once per static shape: `admit` (prefill of prompts and insertion into free slots),
+`decode` (up to k steps for every slot), `release`, `compact`. `rl.rollout.generate` is the host loop around them. Weights are
+an argument of every call, plain parameters or a population's (`eggroll.Drawn`), so changing them costs nothing, and every
+slot may decode another member in the same batch.
+
+What is replaced to change the method: `sampling.Sampling` (what is drawn), `_step` (one token for every slot: where a draft
+would be verified), the model's `empty` and `forward` (what the cache keeps), and `generate`'s `between` (which rows run).
+"""
+
+import collections
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+import eggroll
+from rl.models.language import LanguageModel
+from rl.rollout.sampling import Sample, Sampling, sample, uniforms
+
+TRACES: collections.Counter[str] = collections.Counter()  # how often each function was traced, that is compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Static sizes.
+
+    Attributes:
+        slots: S, sequences at once.
+        length: T, most tokens of a sequence, prompt and completion together.
+        stop: token ids that end a completion.
+        sampling: what is drawn from.
+        chunk: k, most decode steps between two looks of the host.
+        bucket: shortest prefill length; prompts are padded to it, to its double, and so on up to T.
+        view: shortest cache length that a decode step reads; it doubles as sequences grow. 0: always T.
+        prefill_chunk: most tokens of a prompt in one forward pass; bounds prefill memory, which grows with its square.
+    """
+
+    slots: int
+    length: int
+    stop: tuple[int, ...] = ()
+    sampling: Sampling = Sampling()
+    chunk: int = 16
+    bucket: int = 16
+    view: int = 128
+    prefill_chunk: int = 512
+
+    def __post_init__(self):
+        for name in ("slots", "chunk", "bucket", "prefill_chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.length < 2:
+            raise ValueError(f"length must hold a prompt and a completion, at least 2 tokens; got {self.length}")
+        if self.view < 0:
+            raise ValueError(f"view must be at least 1, or 0 for the whole cache; got {self.view}")
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Prefill lengths."""
+        return doubling(self.bucket, self.length)
+
+    @property
+    def views(self) -> tuple[int, ...]:
+        """Cache lengths that decode steps read."""
+        return doubling(self.view, self.length) if self.view else (self.length,)
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Numbers of rows that are admitted at once: powers of four, and all slots."""
+        small = [4**i for i in range(16) if 4**i < self.slots]
+        return (*small, self.slots)
+
+
+def doubling(start: int, end: int) -> tuple[int, ...]:
+    """start, 2 start, 4 start, ..., the last one cut to `end`."""
+    sizes = [min(start, end)]
+    while sizes[-1] < end:
+        sizes.append(min(2 * sizes[-1], end))
+    return tuple(sizes)
+
+
+class State(NamedTuple):
+    """All slots; donated by every call.
+
+    Attributes:
+        cache: the model's, with a leading slot axis.
+        token: i32 [S], the newest token, not yet in the cache.
+        position: i32 [S], its position in the sequence.
+        limit: i32 [S], position at which the budget is used up.
+        active: bool [S].
+        uid: u32 [S]; member: i32 [S]: as in `rl.types.Requests`.
+    """
+
+    cache: Any
+    token: Array
+    position: Array
+    limit: Array
+    active: Array
+    uid: Array
+    member: Array
+
+
+class Chunk(NamedTuple):
+    """What one call of `decode` wrote, for the host.
+
+    Attributes:
+        tokens: i32 [k, S]; logp, logp_full: f32 [k, S]. Slot s wrote the first count[s] entries of its column.
+        count: i32 [S].
+        active: bool [S], who goes on.
+    """
+
+    tokens: Array
+    logp: Array
+    logp_full: Array
+    count: Array
+    active: Array
+
+
+class Rows(NamedTuple):
+    """Rows to admit, R of them, into slots; a slot of S means none (padding).
+
+    Attributes:
+        slot: i32 [R].
+        source: i32 [R], which prefilled sequence each one continues: several may share one.
+        token, position, limit: i32 [R]; uid: u32 [R]; member: i32 [R]: as in `State`.
+    """
+
+    slot: Array
+    source: Array
+    token: Array
+    position: Array
+    limit: Array
+    uid: Array
+    member: Array
+
+
+def init(model: LanguageModel, settings: Settings) -> State:
+    """Empty slots."""
+    zeros = lambda dtype: jnp.zeros(settings.slots, dtype)
+    return State(
+        _empty(model, settings.slots, settings.length), zeros(jnp.int32), zeros(jnp.int32), zeros(jnp.int32), zeros(bool),
+        zeros(jnp.uint32), zeros(jnp.int32) - 1,
+    )  # fmt: skip
+
+
+def cache_bytes(model: LanguageModel, settings: Settings) -> int:
+    """Memory of the cache of all slots, exactly."""
+    shapes = jax.eval_shape(lambda: _empty(model, settings.slots, settings.length))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def admit(
+    model: LanguageModel, settings: Settings, weights, state: State, ids: Array, count: Array, member: Array, rows: Rows
+) -> State:
+    """Prefills sequences and puts rows that continue them into slots.
+
+    Args:
+        ids: i32 [B, bucket], the tokens before each row's newest one.
+        count: i32 [B], how many of them there are; 0 for sequences of one token, and for padding.
+        member: i32 [B], whose weights read them.
+        rows: what goes where.
+    """
+    TRACES["admit"] += 1
+    cache = _prefill(model, settings, weights, ids, count, member)
+    drop = {"mode": "drop"}
+
+    def insert(old, new, axis):
+        # Beyond the bucket the slot keeps what it had: positions that are written before they are read.
+        place = (rows.slot,) if axis is None else (rows.slot, *[slice(None)] * axis, slice(new.shape[1 + axis]))
+        return old.at[place].set(new[rows.source], **drop)
+
+    put = lambda old, new: old.at[rows.slot].set(new, **drop)
+    return State(
+        jax.tree.map(insert, state.cache, cache, _length_axes(model)),
+        put(state.token, rows.token),
+        put(state.position, rows.position),
+        put(state.limit, rows.limit),
+        put(state.active, rows.position < rows.limit),
+        put(state.uid, rows.uid),
+        put(state.member, rows.member),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def decode(
+    model: LanguageModel, settings: Settings, view: int, weights, state: State, key: Array, enough: Array
+) -> tuple[State, Chunk]:
+    """Up to k tokens for every active slot; ends early when none is active or `enough` of them have ended.
+
+    Args:
+        view: static; every active position must stay below it for k steps.
+        weights: parameters, or `eggroll.Drawn`.
+        key: typed PRNG key of the run.
+        enough: i32 scalar.
+    """
+    TRACES["decode"] += 1
+    params, axes = eggroll.rows(weights, state.member)
+    steps = jnp.arange(settings.chunk, dtype=jnp.int32)
+    u = uniforms(key, state.uid, state.position + 1 + steps[:, None])  # [k, S], out of the loop
+    started = jnp.sum(state.active)
+    blank = lambda dtype: jnp.zeros((settings.chunk, state.token.shape[0]), dtype)
+    written = Sample(blank(jnp.int32), blank(jnp.float32), blank(jnp.float32))
+    axes_of_length = _length_axes(model)
+    cut = lambda x, axis: x if axis is None else jax.lax.slice_in_dim(x, 0, view, axis=1 + axis)
+    whole, began = state.cache, state.position
+
+    def going_on(carry):
+        i, state, _ = carry
+        active = jnp.sum(state.active)
+        return (i < settings.chunk) & (active > 0) & (started - active < enough)
+
+    def body(carry):
+        i, state, written = carry
+        state, drawn = _step(model, settings, params, axes, state, u[i])
+        return i + 1, state, jax.tree.map(lambda old, new: old.at[i].set(new), written, drawn)
+
+    state = state._replace(cache=jax.tree.map(cut, whole, axes_of_length))
+    _, state, written = jax.lax.while_loop(going_on, body, (jnp.int32(0), state, written))
+    back = lambda old, new, axis: new if axis is None else old.at[(slice(None),) * (1 + axis) + (slice(view),)].set(new)
+    state = state._replace(cache=jax.tree.map(back, whole, state.cache, axes_of_length))
+    return state, Chunk(*written, state.position - began, state.active)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def release(state: State, slots: Array) -> State:
+    """Ends the rows in these slots (bool [S]); nothing else changes."""
+    TRACES["release"] += 1
+    return state._replace(active=state.active & ~slots)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def compact(state: State, slots: Array) -> State:
+    """The state of fewer slots: i32 [S'], which ones, in their new order."""
+    TRACES["compact"] += 1
+    return jax.tree.map(lambda x: x[slots], state)
+
+
+def _step(model: LanguageModel, settings: Settings, params, axes, state: State, u: Array):
+    """One token for every active slot. Inactive slots write nothing: their rows of the batch are padding."""
+
+    def one(params, token, cache, position, active):
+        hidden, cache = model.forward(params, token[None], cache, position, active.astype(jnp.int32))
+        return model.head(params, hidden)[0], cache
+
+    run = lambda *args: eggroll.perturbed_call(one, *args)
+    logits, cache = jax.vmap(run, (axes, 0, 0, 0, 0))(params, state.token, state.cache, state.position, state.active)
+    drawn = sample(logits, u, settings.sampling)
+    position = state.position + state.active
+    ended = functools.reduce(jnp.logical_or, [drawn.token == stop for stop in settings.stop], position >= state.limit)
+    token = jnp.where(state.active, drawn.token, state.token)
+    return state._replace(cache=cache, token=token, position=position, active=state.active & ~ended), drawn
+
+
+def _prefill(model: LanguageModel, settings: Settings, weights, ids: Array, count: Array, member: Array):
+    """The cache of each sequence after its first `count` tokens."""
+    params, axes = eggroll.rows(weights, member)
+    length = ids.shape[1]
+    size = min(settings.prefill_chunk, length)
+    pieces = jnp.pad(ids, ((0, 0), (0, -length % size))).reshape(len(ids), -1, size).swapaxes(0, 1)
+
+    def one(params, ids, cache, start, count):
+        return model.forward(params, ids, cache, start, jnp.clip(count - start, 0, size))[1]
+
+    run = lambda *args: eggroll.perturbed_call(one, *args)
+
+    def body(cache, piece):
+        start, ids = piece
+        return jax.vmap(run, (axes, 0, 0, None, 0))(params, ids, cache, start, count), None
+
+    starts = jnp.arange(len(pieces), dtype=jnp.int32) * size
+    cache = _empty(model, len(ids), length)
+    if len(pieces) == 1:
+        return body(cache, (starts[0], pieces[0]))[0]
+    return jax.lax.scan(body, cache, (starts, pieces))[0]
+
+
+def _empty(model: LanguageModel, slots: int, length: int):
+    """Empty caches with a leading axis."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (slots, *x.shape)), model.empty(length))
+
+
+@functools.cache
+def _length_axes(model: LanguageModel):
+    """Per leaf of a sequence's cache, the axis that grows with its length, or None."""
+    short, long = (jax.eval_shape(lambda n=n: model.empty(n)) for n in (2, 3))
+    axis = lambda a, b: next((i for i, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n), None)
+    return jax.tree.map(axis, short, long)

@@ -1,0 +1,322 @@
+"""The host loop around the engine: refills free slots, decodes a chunk, takes in what was written, asks what next."""
+
+import collections
+import dataclasses
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import eggroll
+from rl.models.language import LanguageModel
+from rl.rollout import engine
+from rl.rollout.engine import Rows, Settings
+from rl.types import ABORTED, LENGTH, STOPPED, Requests, Rollouts
+
+_REFILL = 8  # slots are refilled when one in so many has ended
+_FEWEST = 8  # slots that a tail is compacted to
+
+
+class Progress(NamedTuple):
+    """What `between` is told after every chunk; rows are numbered as requested, later submissions after them.
+
+    Attributes:
+        ended: rows that ended in this chunk.
+        running: rows in slots.
+        waiting: rows not started.
+        rollouts: all rows as far as they are; read only.
+        chunks: decode calls so far.
+    """
+
+    ended: np.ndarray
+    running: np.ndarray
+    waiting: np.ndarray
+    rollouts: Rollouts
+    chunks: int
+
+
+class Orders(NamedTuple):
+    """What `between` may ask for; the default changes nothing.
+
+    Attributes:
+        weights, version: what decodes from now on.
+        refresh: whether the caches of running rows are rebuilt under the weights of now (else they keep what older weights
+            wrote).
+        abort: rows to interrupt; they keep what they have and can go on later as `Requests.done`.
+        submit: further rows.
+        stop: interrupt everything and return.
+    """
+
+    weights: Any = None
+    version: int | None = None
+    refresh: bool = False
+    abort: np.ndarray | tuple[int, ...] = ()
+    submit: Requests | None = None
+    stop: bool = False
+
+
+def generate(
+    model: LanguageModel,
+    settings: Settings,
+    weights,
+    requests: Requests,
+    key: jax.Array,
+    *,
+    version: int = 0,
+    between: Callable[[Progress], Orders | None] | None = None,
+) -> Rollouts:
+    """Completes every request.
+
+    Args:
+        weights: parameters, or a population's (`eggroll.Strategy.draw`).
+        key: of the run; with it, `uid` and the weights, a row's completion is determined, whatever else runs.
+        version: recorded for every token.
+        between: called after every chunk; may swap weights, abort, submit and stop.
+
+    Returns:
+        `Rollouts`, one row per request, in their order, then those submitted later.
+
+    Raises:
+        ValueError: an empty prompt, one that does not fit with its budget, ids beyond the vocabulary, members the weights do
+            not have; names the rows.
+    """
+    _check(model, settings, weights, requests)
+    loop = _Loop(model, settings, weights, version, key, requests, compacting=between is None)
+    while True:
+        loop.refill()
+        if not loop.running.size:
+            break
+        ended = loop.decode()
+        orders = between and between(loop.progress(ended))
+        if orders:
+            if orders.submit is not None:
+                _check(model, settings, loop.weights if orders.weights is None else orders.weights, orders.submit)
+            loop.obey(orders)
+            if orders.stop:
+                break
+    return loop.rollouts
+
+
+def warm_up(model: LanguageModel, settings: Settings, weights, *, stream=sys.stderr) -> dict[str, float]:
+    """Compiles every static shape that `generate` can need, and prints which and how long each took.
+
+    Returns:
+        Seconds per shape.
+    """
+    state, key = engine.init(model, settings), jax.random.key(0)
+    seconds = {}
+
+    def timed(name, call):
+        start = time.perf_counter()
+        out = jax.block_until_ready(call())
+        seconds[name] = time.perf_counter() - start
+        print(f"compiled {name} in {seconds[name]:.1f} s", file=stream, flush=True)
+        return out
+
+    for view in settings.views:
+        call = lambda view=view, state=state: engine.decode(model, settings, view, weights, state, key, jnp.int32(1))[0]
+        state = timed(f"decode, cache {view}", call)
+    for bucket in settings.buckets:
+        for r in settings.rows:
+            for b in settings.rows[: settings.rows.index(r) + 1]:
+                zeros = np.zeros(r, np.int32)
+                rows = Rows(zeros + settings.slots, zeros, zeros, zeros, zeros, zeros.astype(np.uint32), zeros)
+                ids, none = np.zeros((b, bucket), np.int32), np.zeros(b, np.int32)
+                call = lambda state=state, a=(ids, none, none - 1, rows): engine.admit(model, settings, weights, state, *a)
+                state = timed(f"admit, {b} prompts of {bucket} into {r} slots", call)
+    return seconds
+
+
+class _Loop:
+    """Host side of a running engine: which row is in which slot, and what every row has so far."""
+
+    def __init__(self, model, settings: Settings, weights, version: int, key, requests: Requests, compacting: bool):
+        self.model, self.settings, self.weights, self.version, self.key = model, settings, weights, version, key
+        self.compacting, self.chunks = compacting, 0
+        self.state = engine.init(model, settings)
+        self.row = np.full(settings.slots, -1)  # row of each slot
+        self.requests, self.rollouts = requests, _begun(requests)
+        self.waiting = collections.deque(_unfinished(self.rollouts))
+
+    @property
+    def running(self) -> np.ndarray:
+        """Rows in slots."""
+        return self.row[self.row >= 0]
+
+    def progress(self, ended: np.ndarray) -> Progress:
+        return Progress(ended, self.running, np.fromiter(self.waiting, np.int64), self.rollouts, self.chunks)
+
+    def refill(self) -> None:
+        """Admits waiting rows to free slots, one call per prefill length."""
+        free = np.flatnonzero(self.row < 0)[: len(self.waiting)]
+        if not free.size:
+            return
+        rows = np.array([self.waiting.popleft() for _ in free])
+        self.row[free] = rows
+        self._admit(rows, free)
+
+    def _admit(self, rows: np.ndarray, slots: np.ndarray) -> None:
+        counts = self.requests.prompt_length[rows] + self.rollouts.length[rows] - 1
+        buckets = np.array(self.settings.buckets)
+        fitting = buckets[np.searchsorted(buckets, counts)]
+        for bucket in np.unique(fitting):
+            mine = fitting == bucket
+            self._admit_bucket(rows[mine], slots[mine], counts[mine], int(bucket))
+
+    def _admit_bucket(self, rows: np.ndarray, slots: np.ndarray, counts: np.ndarray, bucket: int) -> None:
+        ids = np.stack([self._sequence(row, bucket + 1) for row in rows])
+        newest = ids[np.arange(len(rows)), counts]
+        ids[np.arange(bucket + 1) >= counts[:, None]] = 0
+        member, position = self.requests.member[rows], counts.astype(np.int32)
+        # Rows with one member and one sequence share its prefill.
+        whole = np.column_stack([ids[:, :bucket], counts, member])
+        _, first, source = np.unique(whole, axis=0, return_index=True, return_inverse=True)
+        limit = self.requests.prompt_length[rows] - 1 + self.requests.budget[rows]
+        r, b = self._rung(len(rows)), self._rung(len(first))
+        table = Rows(slots, source.reshape(-1), newest, position, limit, self.requests.uid[rows], member)
+        fill = lambda x, n, value, dtype: np.concatenate([x, np.full((n - len(x), *x.shape[1:]), value)]).astype(dtype)
+        padded = Rows(fill(slots, r, self.row.size, np.int32), *(fill(x, r, 0, _dtype(x)) for x in table[1:]))
+        self.state = engine.admit(
+            self.model, self.settings, self.weights, self.state, fill(ids[first, :bucket], b, 0, np.int32),
+            fill(counts[first], b, 0, np.int32), fill(member[first], b, -1, np.int32), padded,
+        )  # fmt: skip
+
+    def _sequence(self, row: int, length: int) -> np.ndarray:
+        """Prompt and completion so far, cut or padded to `length`."""
+        out = np.zeros(length, np.int32)
+        n, m = self.requests.prompt_length[row], self.rollouts.length[row]
+        out[:n], out[n : n + m] = self.requests.prompt[row, :n], self.rollouts.tokens[row, :m]
+        return out
+
+    def _rung(self, n: int) -> int:
+        return next(r for r in self.settings.rows if r >= n)
+
+    def decode(self) -> np.ndarray:
+        """One chunk; returns the rows that ended in it."""
+        if self.compacting and not self.waiting:
+            self._compact()
+        slots = np.flatnonzero(self.row >= 0)
+        rows = self.row[slots]
+        position = self.requests.prompt_length[rows] - 1 + self.rollouts.length[rows]
+        furthest = min(int(position.max()) + self.settings.chunk, self.settings.length)
+        view = next(v for v in self.settings.views if v >= furthest)
+        enough = max(1, self.row.size // _REFILL) if self.waiting else self.row.size + 1
+        self.state, chunk = engine.decode(
+            self.model, self.settings, view, self.weights, self.state, self.key, np.int32(enough)
+        )
+        self.chunks += 1
+        return self._take_in(jax.device_get(chunk), slots, rows)
+
+    def _take_in(self, chunk: engine.Chunk, slots: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        done, count = self.rollouts, chunk.count[slots]
+        step = np.arange(self.settings.chunk)[:, None]
+        there = step < count
+        at = (np.broadcast_to(rows, there.shape)[there], (done.length[rows] + step)[there])
+        for kept, new in ((done.tokens, chunk.tokens), (done.logp, chunk.logp), (done.logp_full, chunk.logp_full)):
+            kept[at] = new[:, slots][there]
+        done.version[at] = self.version
+        done.length[rows] += count
+        over = ~chunk.active[slots]
+        ended = rows[over]
+        last = done.tokens[ended, done.length[ended] - 1]
+        done.finish[ended] = np.where(np.isin(last, self.settings.stop), STOPPED, LENGTH)
+        self.row[slots[over]] = -1
+        return ended
+
+    def _compact(self) -> None:
+        """Halves the slots, as often as the running rows allow."""
+        size = self.row.size
+        while size // 2 >= max(_FEWEST, self.running.size):
+            size //= 2
+        if size < self.row.size:
+            slots = np.argsort(self.row < 0, kind="stable")[:size]
+            self.state, self.row = engine.compact(self.state, slots.astype(np.int32)), self.row[slots]
+
+    def obey(self, orders: Orders) -> None:
+        if orders.weights is not None:
+            self.weights = orders.weights
+        if orders.version is not None:
+            self.version = orders.version
+        if orders.submit is not None:
+            before = len(self.requests)
+            self.requests = _joined(self.requests, orders.submit)
+            self.rollouts = _joined(self.rollouts, _begun(orders.submit))
+            self.waiting.extend(row for row in _unfinished(self.rollouts) if row >= before)
+        gone = np.isin(self.row, np.asarray(orders.abort, np.int64)) & (self.row >= 0)
+        if gone.any():
+            self.state = engine.release(self.state, gone)
+            self.row[gone] = -1
+        dropped = set(map(int, orders.abort))
+        self.waiting = collections.deque(row for row in self.waiting if row not in dropped)
+        if orders.refresh:
+            slots = np.flatnonzero(self.row >= 0)
+            if slots.size:
+                self._admit(self.row[slots], slots)
+
+
+def _begun(requests: Requests) -> Rollouts:
+    """Rollouts with room for every budget, holding what was done before."""
+    out = Rollouts.empty(requests.member, int(requests.budget.max(initial=1)))
+    before = requests.done
+    if before is not None:
+        there = before.mask
+        for name in ("tokens", "logp", "logp_full", "version"):
+            target, source = getattr(out, name), getattr(before, name)
+            target[np.nonzero(there)] = source[there]
+        out.length[:] = before.length
+        out.finish[:] = np.where(before.length >= requests.budget, np.maximum(before.finish, 0), before.finish)
+        out.finish[(before.length >= requests.budget) & (before.finish == ABORTED)] = LENGTH
+    return out
+
+
+def _unfinished(rollouts: Rollouts) -> list[int]:
+    return np.flatnonzero(rollouts.finish == ABORTED).tolist()
+
+
+def _joined(a, b):
+    """Rows of two tables of one type, one after the other, padded to the wider one."""
+
+    def join(x, y):
+        if isinstance(x, Rollouts) or x is None:
+            return None
+        if x.ndim == 2:
+            width = max(x.shape[1], y.shape[1])
+            x, y = (np.pad(z, ((0, 0), (0, width - z.shape[1]))) for z in (x, y))
+        return np.concatenate([x, y])
+
+    names = [field.name for field in dataclasses.fields(a)]
+    return type(a)(**{name: join(getattr(a, name), getattr(b, name)) for name in names})
+
+
+def _dtype(x: np.ndarray):
+    return np.uint32 if x.dtype == np.uint32 else np.int32
+
+
+def _check(model: LanguageModel, settings: Settings, weights, requests: Requests) -> None:
+    vocab, n = model.config.vocab, len(requests)
+    ids = np.where(np.arange(requests.prompt.shape[1]) < requests.prompt_length[:, None], requests.prompt, 0)
+    members = weights.population.size if isinstance(weights, eggroll.Drawn) else 0
+    room = settings.length - requests.prompt_length
+    rules = (
+        (requests.prompt_length < 1, "a prompt has at least one token; empty prompts"),
+        (requests.budget < 1, "a budget is at least one token; smaller ones"),
+        (
+            requests.budget > room,
+            f"prompt and budget must fit the {settings.length} tokens of a slot (raise `length` or lower the budget); too long",
+        ),
+        ((ids < 0).any(1) | (ids >= vocab).any(1), f"ids must be 0 to {vocab - 1}, the model's vocabulary; others"),
+        (
+            requests.member >= members,
+            f"the weights have {members} members (plain parameters have none: member -1); members beyond that",
+        ),
+    )
+    for broken, rule in rules:
+        if broken.any():
+            raise ValueError(f"{rule} in rows {np.flatnonzero(broken)[:8].tolist()} ({broken.sum()} of {n})")
+    outside = [stop for stop in settings.stop if not 0 <= stop < vocab]
+    if outside:
+        raise ValueError(f"stop tokens must be ids 0 to {vocab - 1} of the model's vocabulary; got {outside}")

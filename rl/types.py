@@ -1,0 +1,140 @@
+"""What crosses a stage: prompts to the engine, completions to the rewards, scores to the estimate. Host arrays, one row each.
+
+N rows, P tokens of the longest prompt, L tokens of the longest completion; arrays are padded on the right with 0.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Self
+
+import numpy as np
+
+ABORTED, STOPPED, LENGTH = 0, 1, 2  # why a row ended: it did not (interrupted), a stop token, its budget
+FINISHES = ("aborted", "stopped", "length")
+
+
+@dataclasses.dataclass(frozen=True)
+class Requests:
+    """Completions to generate.
+
+    Attributes:
+        prompt: i32 [N, P].
+        prompt_length: i32 [N], tokens, at least 1.
+        budget: i32 [N], most tokens to generate, those in `done` included, at least 1.
+        uid: u32 [N], names the randomness of a row: rows with equal uid, weights and prompt get equal completions.
+        member: i32 [N], the population member that answers; -1: the unperturbed mean.
+        done: what was generated before, when a row goes on from an interruption.
+    """
+
+    prompt: np.ndarray
+    prompt_length: np.ndarray
+    budget: np.ndarray
+    uid: np.ndarray
+    member: np.ndarray
+    done: "Rollouts | None" = None
+
+    def __post_init__(self):
+        n = len(self.prompt)
+        for name in ("prompt_length", "budget", "uid", "member"):
+            if getattr(self, name).shape != (n,):
+                raise ValueError(f"{name} must have one entry per row, {n}; got shape {getattr(self, name).shape}")
+        if self.done is not None and len(self.done) != n:
+            raise ValueError(f"done must have one row per request, {n}; got {len(self.done)}")
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    @classmethod
+    def make(
+        cls,
+        prompts: Sequence[Sequence[int]],
+        budget: int | np.ndarray,
+        *,
+        uid: np.ndarray | None = None,
+        member: int | np.ndarray = -1,
+    ) -> Self:
+        """Requests for token lists; uid counts the rows if None."""
+        n = len(prompts)
+        prompt, length = pad(prompts)
+        fill = lambda value, dtype: np.ascontiguousarray(np.broadcast_to(np.asarray(value, dtype), (n,)))
+        uid = np.arange(n) if uid is None else uid
+        return cls(prompt, length, fill(budget, np.int32), fill(uid, np.uint32), fill(member, np.int32))
+
+    def take(self, rows: np.ndarray) -> Self:
+        """Some rows, in the order given."""
+        return _take(self, rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """Completions.
+
+    Attributes:
+        tokens: i32 [N, L].
+        length: i32 [N], tokens generated.
+        logp: f32 [N, L], log-probability of each token under the distribution that was sampled (the behaviour policy).
+        logp_full: f32 [N, L], under the softmax of the logits, without temperature and cuts.
+        version: i32 [N, L], policy version that wrote each token.
+        finish: i8 [N], `ABORTED`, `STOPPED` (the last token is a stop token) or `LENGTH`.
+        member: i32 [N], as requested.
+    """
+
+    tokens: np.ndarray
+    length: np.ndarray
+    logp: np.ndarray
+    logp_full: np.ndarray
+    version: np.ndarray
+    finish: np.ndarray
+    member: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def mask(self) -> np.ndarray:
+        """bool [N, L], where there are tokens."""
+        return np.arange(self.tokens.shape[1]) < self.length[:, None]
+
+    def take(self, rows: np.ndarray) -> Self:
+        """Some rows, in the order given."""
+        return _take(self, rows)
+
+    @classmethod
+    def empty(cls, member: np.ndarray, longest: int) -> Self:
+        """N rows without tokens yet, with room for `longest`."""
+        n = len(member)
+        zeros = lambda dtype, *shape: np.zeros((n, *shape), dtype)
+        return cls(
+            zeros(np.int32, longest), zeros(np.int32), zeros(np.float32, longest), zeros(np.float32, longest),
+            zeros(np.int32, longest), np.full(n, ABORTED, np.int8), np.asarray(member, np.int32),
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What the verifiers said.
+
+    Attributes:
+        value: f64 [N], the reward, higher is better; 0 where the status is not "ok".
+        ok: bool [N], whether the verifier judged the row at all.
+        statuses: number of rows per status ("ok", "timeout", "error", "unscorable").
+        parts: name -> f64 [N], named parts of the reward, NaN where a row has none.
+    """
+
+    value: np.ndarray
+    ok: np.ndarray
+    statuses: dict[str, int]
+    parts: dict[str, np.ndarray]
+
+
+def pad(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Token lists -> (i32 [N, longest] padded with 0, i32 [N] lengths)."""
+    length = np.fromiter(map(len, rows), np.int32, len(rows))
+    out = np.zeros((len(rows), max(1, int(length.max(initial=0)))), np.int32)
+    out[np.arange(out.shape[1]) < length[:, None]] = [token for row in rows for token in row]
+    return out, length
+
+
+def _take(table, rows: np.ndarray):
+    pick = lambda x: x if x is None else (x.take(rows) if isinstance(x, Rollouts) else x[rows])
+    return type(table)(**{field.name: pick(getattr(table, field.name)) for field in dataclasses.fields(table)})
