@@ -23,6 +23,8 @@ from typing import Any
 
 import ml_collections
 
+from rl.config import ConfigError
+
 Variants = Mapping[str, Callable[[], ml_collections.ConfigDict]]
 
 
@@ -30,11 +32,11 @@ def pick(variant: str, variants: Variants) -> ml_collections.ConfigDict:
     """Builds the config of a variant; "" is the first.
 
     Raises:
-      ValueError: no such variant; the message lists those that exist.
+      ConfigError: no such variant; the message lists those that exist.
     """
     name = variant or next(iter(variants))
     if name not in variants:
-        raise ValueError(f"unknown variant {variant!r}; known: {', '.join(variants)}")
+        raise ConfigError(f"unknown variant {variant!r}; known: {', '.join(variants)}")
     return variants[name]().lock()
 
 

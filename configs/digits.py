@@ -47,6 +47,6 @@ def _common(method: str) -> ml_collections.ConfigDict:
             "hidden_layers": 2,
             "optimizer": optimizer(learning_rate=0.02, schedule="cosine"),
             "save_every": 200,
-            "evaluate_every": 50,
+            "eval_every": 50,
         }
     )

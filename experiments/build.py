@@ -1,4 +1,4 @@
-"""Builds optimizers and evolution strategies from the blocks of a config that `configs/base.py` describes."""
+"""Checks the numbers of a config, and builds optimizers and evolution strategies from its blocks (`configs/base.py`)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ import ml_collections
 import optax
 
 import eggroll
-from rl.config import ConfigError
+from rl.config import ConfigError, flatten
 
 OPTIMIZERS = {"adam": optax.adam, "adamw": optax.adamw, "sgd": optax.sgd}
 SCHEDULES = {
@@ -25,6 +25,27 @@ SHAPINGS = {
     "centred_rank": eggroll.fitness.centred_rank,
     "pair_sign": eggroll.fitness.pair_sign,
 }
+
+_COUNTS = (
+    *("steps", "save_every", "eval_every", "eval_episodes", "episodes", "batch", "width", "hidden"),
+    *("members", "envs", "epochs", "minibatches"),
+)
+_POSITIVE = ("learning_rate", "decay", "sigma", "sigma_decay")
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Checks the numbers that mean the same in every block, before anything is built or written.
+
+    Raises:
+      ConfigError: a count below 1, or a rate, scale or decay that is not positive; names the key.
+    """
+    for key, value in flatten(config.to_dict()).items():
+        name = key.rpartition(".")[2]
+        least = min(value, default=1) if isinstance(value, tuple) else value
+        if name in _COUNTS and least < 1:
+            raise ConfigError(f"config.{key} must be at least 1, not {value}")
+        if name in _POSITIVE and value <= 0:
+            raise ConfigError(f"config.{key} must be greater than 0, not {value}")
 
 
 def choose(key: str, name: str, known: Mapping[str, Any]) -> Any:

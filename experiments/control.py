@@ -43,8 +43,9 @@ def make_learner(config: ml_collections.ConfigDict, env: envs.Env) -> Learner:
 
     Raises:
       rl.config.ConfigError: an unknown method, optimizer, shaping or population design (the message lists what
-        exists), or settings that do not fit together.
+        exists), a number out of range, or settings that do not fit together.
     """
+    build.check(config)
     try:
         return _make_learner(config, env)
     except ValueError as error:
@@ -133,7 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{result['episodes']} fresh episodes, after {result['env_steps']} environment steps in "
         f"{result['seconds']:.1f} s"
     )
-    return plot.main([workdir, "--x=env_steps", "--y=eval_return"])
+    plot.main([workdir, "--x=env_steps", "--y=eval_return"])
+    return 0
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 Reads `config.json`, `metrics.jsonl` and `timing.jsonl` of finished or running jobs. Runs whose configs differ in `seed`
 alone are one curve: the mean, with a band from the smallest to the largest. Several curves share the axes; the legend
-says what distinguishes their configs. A line a running job has not finished writing is left out.
+names the keys in which their configs differ, or their folders where that would be long. A line a running job has not
+finished writing is left out.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from rl import config as config_lib
 
+_MOST_KEYS = 3  # of a config, in a label
 _PREFERRED = ("eval_return", "return_mean", "fitness_mean")  # the first that a run has is drawn
 
 
@@ -46,19 +48,23 @@ def read_run(path: str | Path) -> RunData:
     """Reads a working directory.
 
     Raises:
-      PlotError: it has no `config.json` or no complete row of metrics.
+      PlotError: it has no `config.json` or no complete row of metrics, or a file that a job did not write.
     """
     path = Path(path)
     if not (path / "config.json").is_file():
         raise PlotError(f"a run is a folder with config.json, but {path} has none: give the --workdir of a job")
-    config = config_lib.flatten(json.loads((path / "config.json").read_text()))
-    columns: dict[str, dict[int, float]] = {}
-    for name in ("metrics.jsonl", "timing.jsonl"):
-        for row in _read_rows(path / name):
-            for key, value in row.items():
-                columns.setdefault(key, {})[row["step"]] = float(value)
-    if not columns:
+    try:
+        config = config_lib.flatten(json.loads((path / "config.json").read_text()))
+    except (ValueError, AttributeError) as error:
+        raise PlotError(f"{path / 'config.json'} is not the JSON object a job writes ({error})") from error
+    metrics, timing = _read_rows(path / "metrics.jsonl"), _read_rows(path / "timing.jsonl")
+    if not metrics:
         raise PlotError(f"{path} has no complete row of metrics yet: wait for its first step")
+    columns: dict[str, dict[int, float]] = {}
+    for rows in (metrics, timing):
+        for step, row in rows.items():
+            for key, value in row.items():
+                columns.setdefault(key, {})[step] = value
     return RunData(path, config, columns)
 
 
@@ -72,13 +78,16 @@ def group_runs(runs: Sequence[RunData]) -> list[list[RunData]]:
 
 
 def labels(groups: Sequence[Sequence[RunData]]) -> list[str]:
-    """One label per group: the config keys in which the groups differ, or the folder's name for a single group."""
-    configs = [group[0].config for group in groups]
-    keys = sorted({key for config in configs for key in config} - {"seed"})
-    differing = [key for key in keys if len({json.dumps(config.get(key)) for config in configs}) > 1]
-    if not differing:
-        return [group[0].path.name for group in groups]
-    return [", ".join(f"{key.split('.')[-1]}={c[key]}" for key in differing if key in c) for c in configs]
+    """One label per group: the keys that all configs have and in which they differ, if up to three of them tell every
+    group from the others; else the name of the group's first folder, or its whole path where names repeat."""
+    configs, paths = [group[0].config for group in groups], [group[0].path for group in groups]
+    keys = sorted(set.intersection(*({*config} for config in configs)) - {"seed"})
+    differing = [key for key in keys if len({json.dumps(config[key]) for config in configs}) > 1]
+    by_key = [", ".join(f"{key.split('.')[-1]}={config[key]}" for key in differing) for config in configs]
+    if len(groups) > 1 and len(differing) <= _MOST_KEYS and len({*by_key}) == len(groups):
+        return by_key
+    names = [path.resolve().name for path in paths]
+    return names if len({*names}) == len(names) else [str(path) for path in paths]
 
 
 def make_curve(group: Sequence[RunData], label: str, x: str, y: str) -> Curve:
@@ -115,7 +124,7 @@ def default_metric(runs: Sequence[RunData]) -> str:
             return name
     rest = sorted(common - {"step", "seconds", "steps_per_second", "checkpoint_fallbacks"})
     if not rest:
-        raise PlotError("the runs have no metric in common: plot them one by one")
+        raise PlotError("the runs have no metric in common: draw them one by one")
     return rest[0]
 
 
@@ -125,9 +134,15 @@ def draw(curves: Sequence[Curve], x: str, y: str, out: str | Path) -> None:
 
 
 def draw_grid(panels: Sequence[Sequence[tuple[Sequence[Curve], str, str, str]]], out: str | Path, size) -> None:
-    """Writes a PNG of rows of panels, each (curves, x, y, title); size is (width, height) in inches."""
-    import matplotlib
+    """Writes a PNG of rows of panels, each (curves, x, y, title); size is (width, height) in inches.
 
+    Raises:
+      PlotError: matplotlib is missing, or `out` cannot be written.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise PlotError("figures need matplotlib: pip install 'eggroll-jax[plot]'") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -136,54 +151,63 @@ def draw_grid(panels: Sequence[Sequence[tuple[Sequence[Curve], str, str, str]]],
         for (curves, x, y, title), axes in zip(row, row_axes, strict=True):
             for curve in curves:
                 label = f"{curve.label} ({curve.runs} seeds)" if curve.runs > 1 else curve.label
-                (line,) = axes.plot(curve.x, curve.mean, label=label, linewidth=1.5)
+                marker = "o" if len(curve.x) == 1 else None  # a line needs two points to be seen
+                (line,) = axes.plot(curve.x, curve.mean, label=label, linewidth=1.5, marker=marker)
                 if curve.runs > 1:
                     axes.fill_between(curve.x, curve.low, curve.high, color=line.get_color(), alpha=0.2, linewidth=0)
             axes.set(xlabel={"seconds": "wall-clock seconds"}.get(x, x.replace("_", " ")), ylabel=y.replace("_", " "))
             axes.set_title(title)
             axes.grid(alpha=0.3)
             axes.legend(fontsize="small")
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150)
-    pyplot.close(figure)
+    try:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=150, format="png")
+    except OSError as error:
+        raise PlotError(f"{out} cannot be written ({error.strerror}): give another --out") from error
+    finally:
+        pyplot.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="experiments.plot", description="Draws finished or running jobs as a PNG.")
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.plot", description="Draws finished or running jobs as a PNG."
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a job's --workdir")
     parser.add_argument("--x", default="step", help="step, seconds, or a unit of work such as env_steps")
     parser.add_argument("--y", default=None, help="the metric; by default the first usual one")
     parser.add_argument("--out", default=None, help="the PNG; by default plot.png in the first RUN")
     arguments = parser.parse_args(argv)
     try:
-        runs = [read_run(path) for path in arguments.runs]
+        runs = [read_run(run) for run in {Path(run).resolve(): run for run in arguments.runs}.values()]
         y = arguments.y or default_metric(runs)
         groups = group_runs(runs)
         curves = [make_curve(g, label, arguments.x, y) for g, label in zip(groups, labels(groups), strict=True)]
+        out = Path(arguments.out or runs[0].path / "plot.png")
+        draw(curves, arguments.x, y, out)
     except PlotError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    out = Path(arguments.out) if arguments.out else runs[0].path / "plot.png"
-    draw(curves, arguments.x, y, out)
     for curve in curves:
         print(f"{curve.label}: {y} {curve.mean[-1]:.6g} at {arguments.x} {curve.x[-1]:.6g}, runs {curve.runs}")
     print(out)
     return 0
 
 
-def _read_rows(path: Path) -> list[Mapping[str, Any]]:
-    """The complete rows of a file that may still be written to."""
+def _read_rows(path: Path) -> dict[int, dict[str, float]]:
+    """The complete rows of a file that may still be written to, by step."""
     if not path.is_file():
-        return []
+        return {}
     complete = path.read_bytes().rpartition(b"\n")[0]
-    rows = []
+    rows = {}
     for number, line in enumerate(complete.splitlines(), 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            row = {key: float(value) for key, value in json.loads(line).items()}
+            rows[int(row["step"])] = row
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise PlotError(
-                f"{path} line {number} is not JSON ({error}): the file was changed by something else"
+                f"{path} line {number} is not a row of numbers with a step ({type(error).__name__}: {error}): the file "
+                "was changed by something else"
             ) from error
     return rows
 

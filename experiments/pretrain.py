@@ -139,6 +139,7 @@ def accuracy(task: Task, params: Any, data: Batch) -> jax.Array:
 
 def train(config: ml_collections.ConfigDict, workdir: str, tensorboard: bool = False) -> dict[str, Any]:
     """Trains, resuming what `workdir` holds; returns what `result.json` holds, the score being the test accuracy."""
+    build.check(config)
     task = build.choose("task", config.task, TASKS)(config)
     state, method_step = build.choose("method", config.method, METHODS)(config, task)
 
@@ -167,7 +168,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, tensorboard: bool = F
         while run.step < run.total_steps:
             number = run.step + 1
             state, metrics = step(state, np.int32(number))
-            if number % config.evaluate_every == 0 or number == run.total_steps:
+            if number % config.eval_every == 0 or number == run.total_steps:
                 metrics |= evaluate(state.params)
             run.record(state, metrics, work=config.batch)
         accuracies = {name: 100 * float(value) for name, value in evaluate(state.params).items()}
@@ -187,7 +188,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{result['task']}, {result['method']}, seed {result['seed']}: {result['measure']} {result['score']:.2f} after "
         f"{result['examples']} examples in {result['seconds']:.1f} s"
     )
-    return plot.main([workdir, "--x=examples", "--y=test_accuracy"])
+    plot.main([workdir, "--x=examples", "--y=test_accuracy"])
+    return 0
 
 
 if __name__ == "__main__":

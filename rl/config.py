@@ -8,7 +8,7 @@ import difflib
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,13 +57,15 @@ def parse(argv: Sequence[str] | None = None, workdir_required: bool = True) -> A
       workdir_required: whether a missing `--workdir` is an error.
 
     Returns:
-      `Arguments(config, workdir, tensorboard)`. Bad input prints one message and exits with status 2.
+      `Arguments(config, workdir, tensorboard)`. Bad input prints one message and exits with status 2; `--help` prints
+      what there is to say, the keys of a given `--config` included, and exits with status 0.
     """
     argv = list(sys.argv if argv is None else argv)
-    if "--help" in argv or "-h" in argv:
-        print(_usage(argv), file=sys.stderr)
-        raise SystemExit(0)
+    asked = {"--help", "-h"} & set(argv)
     try:
+        if asked:
+            print(_help([a for a in argv if a not in asked]))
+            raise SystemExit(0)
         arguments = _parse_flags(argv)
         if workdir_required and not arguments.workdir:
             raise ConfigError("--workdir is missing: give the folder that holds this run, such as --workdir=runs/first")
@@ -172,7 +174,8 @@ def _read(arguments: list[str], program: list[str]) -> Arguments:
     try:
         rest = values(argv)
     except flags.Error as error:
-        raise ConfigError(f"{error}\n{_usage(program)}") from error
+        own = [e for e in _causes(error) if isinstance(e, ConfigError)]  # what `get_config` itself found wrong
+        raise ConfigError(str(own[-1]) if own else f"{error}\n{_usage(program)}") from error
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"the config could not be loaded: {type(error).__name__}: {error}") from error
     if len(rest) > 1:
@@ -191,10 +194,34 @@ def _check_key(path: str, keys: Mapping[str, Any], argument: str) -> None:
         return
     close = difflib.get_close_matches(name, keys, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
-    listing = "\n".join(f"  {key} = {value!r}" for key, value in sorted(keys.items()))
-    raise ConfigError(f"{argument}: this config has no key {name!r}{hint}. It has:\n{listing}")
+    raise ConfigError(f"{argument}: this config has no key {name!r}{hint}. It has:\n{_listing(keys)}")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _listing(keys: Mapping[str, Any]) -> str:
+    return "\n".join(f"  {key} = {value!r}" for key, value in sorted(keys.items()))
 
 
 def _usage(argv: Sequence[str]) -> str:
     program = argv[0] if argv else "script"
     return f"usage: {program} --config=FILE.py[:variant] [--config.key=value ...] --workdir=DIR [--tensorboard]"
+
+
+def _help(argv: list[str]) -> str:
+    lines = [
+        _usage(argv),
+        "  --config=FILE.py[:variant]  the recipe; its docstring says what it does, and an unknown variant lists those known",
+        "  --config.key=value          overrides a key of the recipe",
+        "  --workdir=DIR               folder of this run; the same command resumes what is in it",
+        "  --tensorboard               also write TensorBoard event files",
+    ]
+    if any(re.match("--?config(=|$)", argument) for argument in argv):
+        lines += ["keys of this config:", _listing(flatten(_parse_flags(argv).config.to_dict()))]
+    else:
+        lines += ["with --config=FILE.py, --help lists the keys of that config too"]
+    return "\n".join(lines)

@@ -13,7 +13,7 @@ from rl import config as config_lib
 from rl.run import Run
 
 RECIPE = str(Path(__file__).parents[2] / "configs" / "digits.py")
-SMALL = ("steps=60", "evaluate_every=20", "save_every=20", "width=32")
+SMALL = ("steps=60", "eval_every=20", "save_every=20", "width=32")
 
 
 def load(variant, *overrides):

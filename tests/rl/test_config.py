@@ -9,6 +9,7 @@ from rl import config as config_lib
 from rl.config import ConfigError
 
 FILE = str(Path(__file__).with_name("toy_config.py"))
+RECIPE = str(Path(__file__).parents[2] / "configs" / "digits.py")
 
 
 def test_variant_and_overrides_keep_types():
@@ -40,6 +41,7 @@ def test_command_line_in_both_spellings():
         ([f"--config={FILE}", "--wrkdir=a"], ["wrkdir", "usage:"]),
         ([f"--config={FILE}", "stray"], ["unexpected argument 'stray'"]),
         ([f"--config={FILE}:fast"], ["KeyError", "fast"]),
+        ([f"--config={RECIPE}:es"], ["error: unknown variant 'es'; known: eggroll, backprop\n"]),
         (["--config=nowhere.py"], ["nowhere.py' does not exist"]),
         (["--config", "nowhere.py"], ["nowhere.py' does not exist"]),
         (["--config"], ["'' does not exist"]),
@@ -60,7 +62,14 @@ def test_missing_workdir_and_help(capsys):
     assert stopped.value.code == 2 and "--workdir is missing" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
         config_lib.parse(["x", "--help"])
-    assert stopped.value.code == 0 and "usage: x --config=FILE.py" in capsys.readouterr().err
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert "usage: x --config=FILE.py" in printed and "--workdir=DIR " in printed and "seed" not in printed
+    for spelling in ([f"--config={FILE}:slow"], ["--config", f"{FILE}:slow"]):
+        with pytest.raises(SystemExit) as stopped:
+            config_lib.parse(["x", "-h", *spelling, "--config.seed=8"])
+        printed = capsys.readouterr().out
+        assert stopped.value.code == 0 and "\n  pause = 0.008\n" in printed and "\n  seed = 8" in printed
 
 
 def test_resolved_is_plain_json():
