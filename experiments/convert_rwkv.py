@@ -6,6 +6,7 @@ A .pth file is a pickle: torch reads it with weights_only=True, which runs no co
 """
 
 import json
+import re
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -13,7 +14,8 @@ from absl import app, flags, logging
 _SOURCE = flags.DEFINE_string("source", None, "the .pth file", required=True)
 _TARGET = flags.DEFINE_string("target", None, "directory to write", required=True)
 _TORCH = (2, 6)  # before it, weights_only=True could be made to run code (CVE-2025-32434)
-# Tensors that say which version a checkpoint is of; the first found decides.
+_BLOCK = re.compile(r"^blocks\.(\d+)\.")
+# Tensors that say which version a checkpoint is of; the highest found decides.
 _VERSIONS = {"att.r_k": 7, "att.time_maa_x": 6, "att.time_faaaa": 5, "att.time_first": 4}
 
 
@@ -68,22 +70,25 @@ def describe(tensors: dict, source: str) -> dict:
     if max(marks, default=0) != 7:
         found = f"version {max(marks)}" if marks else "no RWKV checkpoint"
         raise ValueError(f"{source} must be an RWKV-7 checkpoint (with blocks.0.att.r_k); it is {found}")
-    shape = lambda name: tuple(tensors[name].shape)
-    vocab, width = shape("emb.weight")
-    layers = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
-    value_rank = shape("blocks.1.att.v1")[1] if layers > 1 else shape("blocks.0.att.w1")[1]
+
+    def size(name: str, axis: int) -> int:
+        if name not in tensors or tensors[name].ndim != 2:
+            raise ValueError(f"{source} must hold the matrix {name!r}; it has {sorted(tensors)[:12]} and others")
+        return tensors[name].shape[axis]
+
+    layers = 1 + max(int(found[1]) for found in map(_BLOCK.match, tensors) if found)
     return {
         "architectures": ["RWKV7ForCausalLM"],
         "model_type": "rwkv7",
-        "vocab_size": vocab,
+        "vocab_size": size("emb.weight", 0),
         "num_hidden_layers": layers,
-        "hidden_size": width,
-        "head_dim": shape("blocks.0.att.r_k")[1],
-        "intermediate_size": shape("blocks.0.ffn.key.weight")[0],
-        "decay_low_rank_dim": shape("blocks.0.att.w1")[1],
-        "a_low_rank_dim": shape("blocks.0.att.a1")[1],
-        "v_low_rank_dim": value_rank,
-        "gate_low_rank_dim": shape("blocks.0.att.g1")[1],
+        "hidden_size": size("emb.weight", 1),
+        "head_dim": size("blocks.0.att.r_k", 1),
+        "intermediate_size": size("blocks.0.ffn.key.weight", 0),
+        "decay_low_rank_dim": size("blocks.0.att.w1", 1),
+        "a_low_rank_dim": size("blocks.0.att.a1", 1),
+        "v_low_rank_dim": size("blocks.1.att.v1" if layers > 1 else "blocks.0.att.w1", 1),  # layer 0 mixes no values
+        "gate_low_rank_dim": size("blocks.0.att.g1", 1),
         "dtype": str(tensors["emb.weight"].dtype).removeprefix("torch."),
         "eos_token_id": 0,
     }

@@ -59,23 +59,23 @@ def from_json(config: Json, where: str, *, dtype: str, scan_layers: bool) -> Tra
     kind = _kind(config, where)
     if kind == "rwkv7":
         return RWKV7Config(
-            **{ours: _need(config, key, where) for ours, key in _RWKV_KEYS.items()},
+            **{ours: _count(config, key, where) for ours, key in _RWKV_KEYS.items()},
             dtype=dtype,
             scan_layers=scan_layers,
         )
     _refuse(config, where)
-    heads, width = _need(config, "num_attention_heads", where), _need(config, "hidden_size", where)
-    kv_heads = config.get("num_key_value_heads", _DEFAULT_HEADS[kind])
-    layers, max_length = _need(config, "num_hidden_layers", where), _need(config, "max_position_embeddings", where)
+    heads, width = _count(config, "num_attention_heads", where), _count(config, "hidden_size", where)
+    default = config.get("num_key_value_heads", _DEFAULT_HEADS[kind]) or heads  # null means heads, absent the default
+    layers, max_length = _count(config, "num_hidden_layers", where), _count(config, "max_position_embeddings", where)
     bias = config.get("attention_bias", False)
     return TransformerConfig(
-        vocab=_need(config, "vocab_size", where),
+        vocab=_count(config, "vocab_size", where),
         layers=layers,
         width=width,
-        hidden=_need(config, "intermediate_size", where),
+        hidden=_count(config, "intermediate_size", where),
         heads=heads,
-        kv_heads=heads if kv_heads is None else kv_heads,
-        head_dim=_head_dim(config, kind, width, heads),
+        kv_heads=_count(config, "num_key_value_heads", where, default),
+        head_dim=_head_dim(config, kind, width, heads, where),
         max_length=max_length,
         norm_epsilon=config.get("rms_norm_eps", _DEFAULT_EPSILON),
         rope=_rope(config, where),
@@ -145,10 +145,14 @@ def _kind(config: Json, where: str) -> str:
     return kind
 
 
-def _need(config: Json, key: str, where: str):
-    if config.get(key) is None:
+def _count(config: Json, key: str, where: str, default: int | None = None) -> int:
+    """A whole number from 1 on; the default where the key is absent or null."""
+    value = default if config.get(key) is None else config[key]
+    if value is None:
         raise ValueError(f"{where} must have the key {key!r}; it has {sorted(config)}")
-    return config[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{where}: {key} must be a whole number from 1 on; got {value!r}")
+    return value
 
 
 def _refuse(config: Json, where: str) -> None:
@@ -165,10 +169,9 @@ def _refuse(config: Json, where: str) -> None:
         raise ValueError(f"{where}: weights must be floating point; the checkpoint is quantised: use the original one")
 
 
-def _head_dim(config: Json, kind: str, width: int, heads: int) -> int:
+def _head_dim(config: Json, kind: str, width: int, heads: int, where: str) -> int:
     # Qwen3's configuration has a default of its own; the others divide the width.
-    default = 128 if kind == "qwen3" else width // heads
-    return config.get("head_dim") or default
+    return _count(config, "head_dim", where, 128 if kind == "qwen3" else width // heads)
 
 
 def _experts(config: Json, layers: int, where: str) -> Json:
@@ -178,8 +181,8 @@ def _experts(config: Json, layers: int, where: str) -> Json:
         raise ValueError(f"{where} must have the key 'num_experts'; it has {sorted(config)}")
     return {
         "experts": experts,
-        "experts_per_token": _need(config, "num_experts_per_tok", where),
-        "expert_hidden": _need(config, "moe_intermediate_size", where),
+        "experts_per_token": _count(config, "num_experts_per_tok", where),
+        "expert_hidden": _count(config, "moe_intermediate_size", where),
         "normalise_experts": config.get("norm_topk_prob", False),
         "dense_layers": tuple(i for i in range(layers) if i in plain or (i + 1) % step),
     }

@@ -18,7 +18,7 @@ from rl.models.tokenizer import Characters, HFTokenizer, Tokenizer
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$", re.ASCII)
+_HUB_NAME = re.compile(r"^\w[\w.-]*/\w[\w.-]*$", re.ASCII)
 _LISTED = 12  # names per kind of mismatch in a message
 
 
@@ -143,11 +143,20 @@ def _safetensors():
 
 def _read(directory: Path, model: LanguageModel) -> Params:
     """Parameters with unstacked layers, NumPy, in the model's type."""
-    files, problems = _files(directory)
+    files, listed, problems = _files(directory)
     handles, place = {}, {}
     for file in files:
         handles[file] = _opened(directory / file)
-        place |= dict.fromkeys(handles[file].keys(), file)
+        for name in handles[file].keys():  # noqa: SIM118 - not a dict
+            if place.setdefault(name, file) != file:
+                problems.append(f"{name} is in both {place[name]} and {file}")
+    misplaced = [
+        f"{name} in {place.get(name)} instead of {file}"
+        for name, file in listed.items()
+        if file in files and place.get(name) != file
+    ]
+    if misplaced:
+        problems.append(f"{len(misplaced)} not where the index says: {', '.join(misplaced)}")
     slices = {name: handles[file].get_slice(name) for name, file in place.items()}
     wanted = names.sources(model)
     expected = {name: source.shape for source in wanted for name in source.names}
@@ -173,11 +182,11 @@ def _opened(path: Path):
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
 
 
-def _files(directory: Path) -> tuple[list[str], list[str]]:
-    """The safetensors files of a checkpoint, and what is wrong with its index."""
+def _files(directory: Path) -> tuple[list[str], dict[str, str], list[str]]:
+    """The safetensors files of a checkpoint, its index of tensors' files, and what is wrong with the index."""
     if not (directory / _INDEX).is_file():
         if (directory / _WEIGHTS).is_file():
-            return [_WEIGHTS], []
+            return [_WEIGHTS], {}, []
         there = sorted(p.name for p in directory.iterdir())
         raise ValueError(
             f"{directory} is not a checkpoint: it has neither {_WEIGHTS} nor {_INDEX}; it has {there[:_LISTED]} (convert .bin "
@@ -192,7 +201,7 @@ def _files(directory: Path) -> tuple[list[str], list[str]]:
         raise ValueError(f"{directory / _INDEX} must name files of its own directory; it names {outside}")
     absent = [file for file in listed if not (directory / file).is_file()]
     problems = [f"shards listed in the index but absent: {absent}"] if absent else []
-    return [file for file in listed if file not in absent], problems
+    return [file for file in listed if file not in absent], weight_map, problems
 
 
 def _mismatches(model: LanguageModel, expected: dict, slices: dict, tensor) -> list[str]:
@@ -234,7 +243,12 @@ def _with_layout(params: Params, config) -> Params:
 def _tokenizer(directory: Path, config: dict[str, Any], vocab: int) -> Tokenizer | None:
     file = directory / "tokenizer.json"
     if (directory / "characters.json").is_file():
-        tokenizer: Tokenizer = Characters(_read_json(directory / "characters.json")["alphabet"])
+        alphabet = _read_json(directory / "characters.json").get("alphabet")
+        if not isinstance(alphabet, str):
+            raise ValueError(
+                f"{directory / 'characters.json'} must have the key 'alphabet', a text; it has {alphabet!r}"
+            )
+        tokenizer: Tokenizer = Characters(alphabet)
     elif file.is_file():
         settings = directory / "tokenizer_config.json"
         settings = _read_json(settings) if settings.is_file() else {}
@@ -252,10 +266,15 @@ def _tokenizer(directory: Path, config: dict[str, Any], vocab: int) -> Tokenizer
 def _special(settings: dict[str, Any], config: dict[str, Any], role: str) -> str | int | None:
     """The eos or bos token: tokenizer_config.json's text, else config.json's id (the first of several)."""
     token = settings.get(f"{role}_token")
-    if token is not None:
-        return token["content"] if isinstance(token, dict) else token
-    ids = config.get(f"{role}_token_id")
-    return ids[0] if isinstance(ids, list) else ids
+    if isinstance(token, dict):
+        token = token.get("content")
+    if token is None:
+        token = config.get(f"{role}_token_id")
+        if isinstance(token, list):
+            token = token[0] if token else None
+    if isinstance(token, bool) or not isinstance(token, str | int | None):
+        raise ValueError(f"the {role} token must be a text or an id; the checkpoint's files have {token!r}")
+    return token
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
@@ -263,6 +282,7 @@ def _special(settings: dict[str, Any], config: dict[str, Any], role: str) -> str
 
 def _tensors(model: LanguageModel, params: Params) -> dict[str, np.ndarray]:
     """Tensors by their released names; params in either layout."""
+    dtype = model.config.dtype
     flat_model = make(dataclasses.replace(model.config, scan_layers=False))
     params = unstack_layers(params)
     wanted = names.sources(flat_model)
@@ -274,10 +294,9 @@ def _tensors(model: LanguageModel, params: Params) -> dict[str, np.ndarray]:
     out = {}
     for source in wanted:
         value, shape = names.lookup(params, source.path), source.whole
-        if value is None or tuple(value.shape) != shape:
-            wrong.append(
-                f"{'/'.join(source.path)} {None if value is None else list(value.shape)} instead of {list(shape)}"
-            )
+        found = "absent" if value is None else f"{value.dtype} {list(value.shape)}"
+        if found != f"{dtype} {list(shape)}":
+            wrong.append(f"{'/'.join(source.path)} {found} instead of {dtype} {list(shape)}")
             continue
         parts = np.asarray(value) if source.stacked else np.asarray(value)[None]
         for name, part in zip(source.names, parts, strict=True):

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 
+import jax
+
 from rl.models import rwkv7, transformer
 from rl.models.language import LanguageModel
 from rl.models.rope import Rope
@@ -54,13 +56,20 @@ def preset(name: str, **changes) -> TransformerConfig | RWKV7Config:
     return dataclasses.replace(PRESETS[name], **changes)
 
 
-@functools.cache
 def make(config: TransformerConfig | RWKV7Config) -> LanguageModel:
-    """The functions of a model; equal configurations give the same object, so nothing recompiles."""
-    match config:
-        case TransformerConfig():
-            return transformer.build(config)
-        case RWKV7Config():
-            return rwkv7.build(config)
-        case _:
-            raise TypeError(f"a model is made from a TransformerConfig or an RWKV7Config; got {type(config).__name__}")
+    """The functions of a model; equal configurations give the same object, so nothing recompiles.
+
+    Raises:
+        TypeError: not a configuration.
+        ValueError: an f64 model where JAX would silently compute in f32.
+    """
+    if not isinstance(config, TransformerConfig | RWKV7Config):
+        raise TypeError(f"a model is made from a TransformerConfig or an RWKV7Config; got {type(config).__name__}")
+    if config.dtype == "float64" and not jax.config.jax_enable_x64:
+        raise ValueError("a float64 model needs 64-bit JAX: set jax_enable_x64, or choose dtype 'float32'")
+    return _built(config)
+
+
+@functools.cache
+def _built(config: TransformerConfig | RWKV7Config) -> LanguageModel:
+    return rwkv7.build(config) if isinstance(config, RWKV7Config) else transformer.build(config)
