@@ -190,7 +190,12 @@ def _experts(config: Json, layers: int, where: str) -> Json:
 
 def _rope(config: Json, where: str) -> Rope:
     """The rotary embedding, from rope_parameters or from the older rope_scaling and rope_theta."""
-    settings = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    settings: Json = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        given = config.get(key)
+        if not isinstance(given, dict | None):
+            raise ValueError(f"{where}: {key} must be a JSON object or null; got {given!r}")
+        settings |= given or {}
     kind = settings.pop("rope_type", settings.pop("type", "default"))
     settings.pop("type", None)
     theta = settings.pop("rope_theta", config.get("rope_theta", 10000.0))

@@ -67,16 +67,18 @@ def save(
         shard_bytes: several files and an index where the tensors are larger than this together.
 
     Raises:
-        ValueError: parameters that do not fit the model; a directory with a checkpoint; a configuration without a name in
-            that layout.
+        ValueError: parameters that do not fit the model in shape or type; a directory with a checkpoint; a configuration
+            without a name in that layout.
+        TypeError: a tokenizer of another kind. Nothing is written in any of these cases.
     """
     safetensors_numpy = _safetensors().numpy
     directory = Path(path)
     present = sorted(p.name for p in directory.glob("*.safetensors*")) if directory.is_dir() else []
     if present:
         raise ValueError(f"{directory} must not hold a checkpoint already; it has {present}: save to another directory")
-    eos, bos = (tokenizer.eos, tokenizer.bos) if tokenizer is not None else (None, None)
-    config_json = hf_config.to_json(model.config, eos=eos, bos=bos)
+    texts = {} if tokenizer is None else _tokenizer_files(tokenizer)
+    eos, bos = (None, None) if tokenizer is None else (tokenizer.eos, tokenizer.bos)
+    texts["config.json"] = _json_text(hf_config.to_json(model.config, eos=eos, bos=bos))
     tensors = _tensors(model, params)
     directory.mkdir(parents=True, exist_ok=True)
     shards = _sharded(tensors, shard_bytes)
@@ -86,10 +88,9 @@ def save(
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         total = sum(x.nbytes for x in tensors.values())
-        _write_json(directory / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    if tokenizer is not None:
-        _save_tokenizer(directory, tokenizer)
-    _write_json(directory / "config.json", config_json)
+        texts = {_INDEX: _json_text({"metadata": {"total_size": total}, "weight_map": weight_map})} | texts
+    for file, text in texts.items():  # config.json last: without it, a directory is no checkpoint
+        (directory / file).write_text(text, encoding="utf-8")
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -329,20 +330,19 @@ def _shard_files(count: int) -> list[str]:
     return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _json_text(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"
 
 
-def _save_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:
+def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
     match tokenizer:
         case Characters():
-            _write_json(directory / "characters.json", {"alphabet": tokenizer.alphabet})
+            return {"characters.json": _json_text({"alphabet": tokenizer.alphabet})}
         case HFTokenizer():
-            (directory / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
             ids = {"eos_token": tokenizer.eos, "bos_token": tokenizer.bos}
             special = {name: tokenizer.token(index) for name, index in ids.items() if index is not None}
             settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
-            _write_json(directory / "tokenizer_config.json", settings)
+            return {"tokenizer.json": tokenizer.json, "tokenizer_config.json": _json_text(settings)}
         case _:
             raise TypeError(
                 f"tokenizers that can be saved are HFTokenizer and Characters; got {type(tokenizer).__name__}"

@@ -45,8 +45,7 @@ class HFTokenizer:
         except ImportError as error:
             raise ImportError("reading tokenizer.json needs the package tokenizers: pip install tokenizers") from error
         self.path = Path(path)
-        self.json = self.path.read_text(encoding="utf-8")
-        self._tokenizer = _parsed(tokenizers.Tokenizer, self.json, self.path)
+        self.json, self._tokenizer = _parsed(tokenizers.Tokenizer, self.path)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.size = max(vocabulary.values(), default=-1) + 1
         self.eos, self.bos = self._id("eos", eos), self._id("bos", bos)
@@ -72,10 +71,13 @@ class HFTokenizer:
         return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=True)
 
 
-def _parsed(kind, text: str, path: Path):
+def _parsed(kind, path: Path):
+    """The file's text and its tokenizer."""
+    data = path.read_bytes()
     try:
+        text = data.decode("utf-8")
         json.loads(text)
-        return kind.from_str(text)
+        return text, kind.from_str(text)
     except Exception as error:  # noqa: BLE001 - the library raises Exception itself
         raise ValueError(f"{path} is not a tokenizer.json that the library tokenizers reads: {error}") from error
 
