@@ -66,7 +66,7 @@ def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation
     return choose("optimizer.name", c.name, OPTIMIZERS)(schedule)
 
 
-def strategy(config: ml_collections.ConfigDict) -> eggroll.Strategy:
+def strategy(config: ml_collections.ConfigDict, rules: tuple[tuple[str, str], ...] = ()) -> eggroll.Strategy:
     """The evolution strategy of `config.es` with the optimizer of `config.optimizer`; method openes: full-rank noise.
 
     Raises:
@@ -80,7 +80,7 @@ def strategy(config: ml_collections.ConfigDict) -> eggroll.Strategy:
             rank=c.rank,
             sigma=optax.exponential_decay(c.sigma, 1, c.sigma_decay),
             noise=c.noise,
-            rules=(("", "full"),) if config.method == "openes" else tuple((pattern, "full") for pattern in c.full),
+            rules=(("", "full"),) if config.method == "openes" else (*((pattern, "full") for pattern in c.full), *rules),
             shaping=choose("es.shaping", c.shaping, SHAPINGS),
             chunk=c.chunk or None,
         )

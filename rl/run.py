@@ -22,7 +22,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -62,6 +62,7 @@ class Run:
         unit: str = "env_steps",
         show: Sequence[str] = ("fitness_mean",),
         keep: int = 2,
+        logs: Sequence[str] = (),
         tensorboard: bool = False,
     ) -> None:
         """Describes the run; nothing is touched before `with`.
@@ -74,6 +75,7 @@ class Run:
           unit: what `record`'s `work` counts; becomes a cumulative column of `metrics.jsonl`.
           show: names of metrics on the progress line, in order.
           keep: number of checkpoints kept.
+          logs: names of further JSON-lines files, written by `log`; kept in step with the checkpoints as `metrics.jsonl` is.
           tensorboard: also write event files to `workdir/tensorboard` (extra `tensorboard`).
 
         Raises:
@@ -85,6 +87,7 @@ class Run:
         self.workdir = Path(workdir)
         self.total_steps, self.step, self.work, self.fallbacks = total_steps, 0, 0, 0
         self._config = config_lib.resolved(config)
+        self._log_names, self._logs = tuple(logs), {}
         self._save_every, self._unit, self._keep = save_every, unit, keep
         self._tensorboard, self._events = tensorboard, None
         self._progress = progress.Progress(total_steps, unit, show)
@@ -100,6 +103,7 @@ class Run:
             # Appending files are only cut back in `restore`, once it is known to which step.
             self._metrics = open(self.workdir / "metrics.jsonl", "ab")
             self._timing = open(self.workdir / "timing.jsonl", "ab")
+            self._logs = {name: open(self.workdir / name, "ab") for name in self._log_names}
         except BaseException:
             self._lock.close()
             raise
@@ -115,7 +119,7 @@ class Run:
         if kind is None:
             self._drain(0)
         self._progress.close()
-        for file in (self._metrics, self._timing, self._events, self._lock):
+        for file in (self._metrics, self._timing, *self._logs.values(), self._events, self._lock):
             if file is not None:
                 file.close()
         if self._handler is not None:
@@ -146,6 +150,8 @@ class Run:
         self._seconds = self._seconds_before = found.extra.get("seconds", 0.0)
         _cut(self._metrics, found.extra.get("metrics_bytes", 0), self.step)
         _cut(self._timing, min(found.extra.get("timing_bytes", 0), self._timing.tell()), self.step)
+        for name, file in self._logs.items():
+            _cut(file, found.extra.get("log_bytes", {}).get(name, 0), self.step)
         if self._tensorboard:
             self._events = _event_writer(self.workdir / "tensorboard", self.step)
         if self.step:
@@ -154,6 +160,16 @@ class Run:
         self._started = self._last = time.perf_counter()
         self._restored = True
         return found.state
+
+    def say(self, line: str) -> None:
+        """Prints a line of its own, beside the progress line."""
+        self._progress.say(line)
+
+    def log(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Appends rows, deterministic JSON values, to one of `logs`; call before the `record` of the step they belong to."""
+        for row in rows:
+            self._logs[name].write(_line(row))
+        self._logs[name].flush()
 
     def record(self, state: Any, metrics: Mapping[str, Any], work: int | None = None) -> None:
         """Counts one step: appends its metrics, shows progress, saves when due.
@@ -211,7 +227,7 @@ class Run:
 
     def _save(self, state: Any) -> None:
         self._drain(0)
-        for file in (self._metrics, self._timing):
+        for file in (self._metrics, self._timing, *self._logs.values()):
             file.flush()
             os.fsync(file.fileno())
         self._seconds = self._seconds_before + time.perf_counter() - self._started
@@ -219,6 +235,7 @@ class Run:
             "work": self.work,
             "metrics_bytes": self._metrics.tell(),
             "timing_bytes": self._timing.tell(),
+            "log_bytes": {name: file.tell() for name, file in self._logs.items()},
             "seconds": self._seconds,
         }
         checkpoint.save(self.workdir / "checkpoints", self.step, state, extra, self._keep)

@@ -116,15 +116,22 @@ class Scored:
 
     Attributes:
         value: f64 [N], the reward, higher is better; 0 where the status is not "ok".
-        ok: bool [N], whether the verifier judged the row at all.
-        statuses: number of rows per status ("ok", "timeout", "error", "unscorable").
+        status: str [N], "ok", "timeout", "error" or "unscorable", separate from the value.
         parts: name -> f64 [N], named parts of the reward, NaN where a row has none.
     """
 
     value: np.ndarray
-    ok: np.ndarray
-    statuses: dict[str, int]
+    status: np.ndarray
     parts: dict[str, np.ndarray]
+
+    @property
+    def ok(self) -> np.ndarray:
+        """bool [N], whether the verifier judged the row at all."""
+        return self.status == "ok"
+
+    def take(self, rows: np.ndarray) -> Self:
+        """Some rows, in the order given."""
+        return Scored(self.value[rows], self.status[rows], {name: part[rows] for name, part in self.parts.items()})
 
 
 def pad(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

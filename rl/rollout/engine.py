@@ -233,7 +233,7 @@ def release(state: State, slots: Array) -> State:
     return state._replace(active=state.active & ~slots)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+@jax.jit  # nothing to donate: every array changes its size
 def compact(state: State, slots: Array) -> State:
     """The state of fewer slots: i32 [S'], which ones, in their new order."""
     TRACES["compact"] += 1

@@ -126,7 +126,9 @@ def warm_up(model: LanguageModel, settings: Settings, weights, *, stream=sys.std
                 zeros = np.zeros(r, np.int32)
                 rows = Rows(zeros + settings.slots, zeros, zeros, zeros, zeros, zeros.astype(np.uint32), zeros)
                 ids, none = np.zeros((b, bucket), np.int32), np.zeros(b, np.int32)
-                call = lambda state=state, a=(ids, none, none - 1, rows): engine.admit(model, settings, weights, state, *a)
+                call = lambda state=state, a=(ids, none, none - 1, rows): engine.admit(
+                    model, settings, weights, state, *a
+                )
                 state = timed(f"admit, {b} prompts of {bucket} into {r} slots", call)
     return seconds
 

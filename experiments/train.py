@@ -1,0 +1,286 @@
+"""Trains a language model from verified reward, without backprop: the one loop, from prompts to update.
+
+    python -m experiments.train --config=configs/countdown_eggroll.py --workdir=runs/countdown
+
+The same command resumes. Every step: problems -> completions by every member of the population -> verdicts -> fitness ->
+update. The model's mean parameters answer held-out problems greedily before the first step, every `eval_every` steps and at
+the end, where `result.json` compares the first with the last and `plot.png` is drawn.
+"""
+
+import dataclasses
+import functools
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+
+import eggroll
+from experiments import build, plot
+from rl import supervised, tasks
+from rl.config import ConfigError
+from rl.data import prompts as data
+from rl.data.prompts import Prompts
+from rl.models.language import LanguageModel, Params
+from rl.models.load import load, save
+from rl.models.presets import make, preset
+from rl.models.tokenizer import Characters, Tokenizer
+from rl.rewards.judge import fill_unjudged, judge, mean_reward, pass_at
+from rl.rewards.pool import Pool, PoolError
+from rl.rollout import engine
+from rl.rollout.engine import Settings
+from rl.rollout.generate import generate
+from rl.rollout.sampling import GREEDY, Sampling
+from rl.run import Run, launch
+from rl.tasks.types import STATUSES
+from rl.types import FINISHES, Rollouts, Scored
+
+FITNESS = {"mean": lambda c: mean_reward, "pass_at": lambda c: functools.partial(pass_at, c.k)}
+
+
+class Setup(NamedTuple):
+    """What does not change during a run."""
+
+    config: ml_collections.ConfigDict
+    model: LanguageModel
+    tokenizer: Tokenizer
+    settings: Settings  # of the engine, for training; evaluation is greedy
+    train: Prompts
+    test: Prompts
+    pool: Pool
+    key: jax.Array  # of all sampling
+
+
+def train(config: ml_collections.ConfigDict, workdir: str | Path, tensorboard: bool = False) -> dict[str, Any]:
+    """Runs or resumes a config in a folder; returns what `result.json` holds."""
+    task = tasks.make(config.task.name, **config.task.options.to_dict())
+    with Pool(task.verify, workers=config.reward.workers, deadline=config.reward.deadline) as pool:
+        run = Run(
+            workdir, config, total_steps=config.steps, save_every=config.save_every, unit="tokens",
+            show=("eval_solved", "eval_reward", "train_reward", "fitness_std"), logs=("samples.jsonl",),
+            tensorboard=tensorboard,
+        )  # fmt: skip
+        with run:
+            model, params, tokenizer = language_model(config, task)
+            params = warm_start(run, config, task, model, params, tokenizer)
+            return loop(run, set_up(config, task, model, tokenizer, pool), params)
+
+
+def loop(run: Run, setup: Setup, params: Params) -> dict[str, Any]:
+    """Steps until the run is complete."""
+    config = setup.config
+    es = build.strategy(config, setup.model.rules)
+    draw, update = jax.jit(es.draw), jax.jit(es.update, donate_argnums=0)
+    state = es.init(params, jax.random.fold_in(jax.random.key(config.seed), 1))
+    run.say(plan(setup, es, state))
+    before = evaluate(setup, state.params)
+    run.say(f"before training, {len(setup.test)} held-out problems: {describe(before)}")
+    state = run.restore(state)
+    while run.step < run.total_steps:
+        step = run.step + 1
+        problems = setup.train.take(data.rows(config.seed, run.step, config.prompts, len(setup.train)))
+        requests = data.population_requests(
+            problems, es.population.size, config.samples, config.budget, run.step, common=config.common_random_numbers
+        )
+        rollouts = generate(setup.model, setup.settings, draw(state), requests, setup.key, version=run.step)
+        asked = np.tile(np.repeat(np.arange(len(problems)), config.samples), es.population.size)
+        texts, scored = verdicts(setup, problems, asked, rollouts)
+        state, metrics = update(state, fitness(config, es.population.size, scored))
+        metrics |= measures(rollouts, scored)
+        if step % config.eval_every == 0 or step == run.total_steps:
+            metrics |= {f"eval_{name}": value for name, value in summary(evaluate(setup, state.params)).items()}
+        shown = range(min(config.log_samples, len(texts)))
+        run.log("samples.jsonl", (sample(step, problems, asked, texts, rollouts, scored, row) for row in shown))
+        run.record(state, metrics, work=int(rollouts.length.sum()))
+    return finish(run, setup, before, evaluate(setup, state.params))
+
+
+# -- the parts of a step ---------------------------------------------------------------------------------------------
+
+
+def verdicts(setup: Setup, problems: Prompts, asked: np.ndarray, rollouts: Rollouts) -> tuple[list[str], Scored]:
+    """Texts and verdicts of every row; equal answers to one problem are judged once.
+
+    Args:
+        asked: [N], which of `problems` each row answers.
+    """
+    rows = np.column_stack([asked, np.where(rollouts.mask, rollouts.tokens, -1)])
+    _, first, same = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+    text = lambda row: data.completion_text(
+        setup.tokenizer, problems.ids[asked[row]], rollouts.tokens[row, : rollouts.length[row]], setup.settings.stop
+    )
+    texts = [text(row) for row in first]
+    scored = judge(setup.pool, texts, [problems.problems[asked[row]] for row in first])
+    same = same.reshape(-1)
+    return [texts[i] for i in same], scored.take(same)
+
+
+def fitness(config: ml_collections.ConfigDict, members: int, scored: Scored) -> np.ndarray:
+    """f32 [members, prompts], higher is better."""
+    shape = (members, config.prompts, config.samples)
+    scores = FITNESS[config.fitness](config)(scored.value.reshape(shape), scored.ok.reshape(shape))
+    return fill_unjudged(scores).astype(np.float32)
+
+
+def evaluate(setup: Setup, params: Params) -> Scored:
+    """The parameters' greedy answers to the held-out problems."""
+    requests = data.population_requests(setup.test, 0, 1, setup.config.budget, 0)
+    settings = dataclasses.replace(setup.settings, sampling=GREEDY)
+    rollouts = generate(setup.model, settings, params, requests, setup.key)
+    return verdicts(setup, setup.test, np.arange(len(setup.test)), rollouts)[1]
+
+
+def summary(scored: Scored) -> dict[str, float]:
+    """Mean reward, share solved (reward 1) and every part's mean."""
+    parts = {name: float(np.nanmean(part)) for name, part in scored.parts.items()}
+    return {"reward": float(scored.value.mean()), "solved": float((scored.value >= 1).mean())} | parts
+
+
+def describe(scored: Scored) -> str:
+    """`summary` as text."""
+    return ", ".join(f"{name} {value:.3f}" for name, value in summary(scored).items())
+
+
+def measures(rollouts: Rollouts, scored: Scored) -> dict[str, float]:
+    """Metrics of a step's completions."""
+    ends = {f"{name}_share": float((rollouts.finish == code).mean()) for code, name in enumerate(FINISHES)}
+    statuses = {f"reward_{status}": int((scored.status == status).sum()) for status in STATUSES if status != "ok"}
+    rewards = {f"train_{name}": value for name, value in summary(scored).items()}
+    surprise = -float(rollouts.logp_full[rollouts.mask].mean())
+    return rewards | ends | statuses | {"length_mean": float(rollouts.length.mean()), "surprise": surprise}
+
+
+def sample(step, problems: Prompts, asked, texts, rollouts: Rollouts, scored: Scored, row: int) -> dict[str, Any]:
+    """One line of `samples.jsonl`."""
+    problem = problems.problems[asked[row]]
+    return {
+        "step": step,
+        "member": int(rollouts.member[row]),
+        "problem": problem.id,
+        "prompt": problem.prompt,
+        "completion": texts[row],
+        "finish": FINISHES[rollouts.finish[row]],
+        "reward": float(scored.value[row]),
+        "status": str(scored.status[row]),
+        "parts": {name: float(part[row]) for name, part in scored.parts.items() if not np.isnan(part[row])},
+    }
+
+
+# -- before and after ------------------------------------------------------------------------------------------------
+
+
+def language_model(config: ml_collections.ConfigDict, task: tasks.Task) -> tuple[LanguageModel, Params, Tokenizer]:
+    """The model of a config: from a checkpoint, or new with the task's alphabet.
+
+    Raises:
+        ConfigError: neither a path nor an alphabet, a checkpoint without a tokenizer, or one that cannot be read.
+    """
+    c = config.model
+    try:
+        if c.path:
+            model, params, tokenizer = load(c.path, dtype=c.dtype, scan_layers=c.scan_layers)
+            if tokenizer is None:
+                raise ConfigError(f"a checkpoint to train needs its tokenizer.json; {c.path} has none")
+            return model, params, tokenizer
+        if task.alphabet is None:
+            raise ConfigError(
+                f"task {task.name} is ordinary text: give a model that reads it, --config.model.path=DIRECTORY (a preset has "
+                "no tokenizer)"
+            )
+        tokenizer = Characters(task.alphabet)
+        model = make(preset(c.preset, vocab=tokenizer.size, dtype=c.dtype, scan_layers=c.scan_layers))
+    except (ValueError, ImportError) as error:
+        raise ConfigError(str(error)) from error
+    return model, model.init(jax.random.fold_in(jax.random.key(config.seed), 2)), tokenizer
+
+
+def warm_start(
+    run: Run, config: ml_collections.ConfigDict, task, model, params: Params, tokenizer: Tokenizer
+) -> Params:
+    """Supervised training on solved problems, once per workdir: later sessions load what it made."""
+    c, folder = config.warm_start, run.workdir / "warm_start"
+    if not c.steps:
+        return params
+    if not folder.is_dir():
+        problems = task.problems("train", c.examples, config.seed)
+        unsolved = sum(not problem.solution for problem in problems)
+        if unsolved or tokenizer.eos is None:
+            raise ConfigError(
+                f"a warm start needs solutions and an end token; task {task.name} has {unsolved} problems without solution, "
+                f"the tokenizer's end token is {tokenizer.eos}: set config.warm_start.steps=0"
+            )
+        prompts = [tokenizer.encode(problem.prompt) for problem in problems]
+        solutions = [tokenizer.encode(problem.solution) for problem in problems]
+        params = supervised.fit(
+            model, params, supervised.examples(prompts, solutions, tokenizer.eos), steps=c.steps, batch=c.batch,
+            learning_rate=c.learning_rate, seed=config.seed,
+            report=lambda step, loss: run.say(f"warm start: step {step}/{c.steps}, {loss:.3f} nats per token"),
+        )  # fmt: skip
+        unfinished = run.workdir / "warm_start.writing"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        save(unfinished, model, params, tokenizer)
+        unfinished.rename(folder)
+    return load(folder, dtype=config.model.dtype, scan_layers=config.model.scan_layers)[1]
+
+
+def set_up(config: ml_collections.ConfigDict, task: tasks.Task, model, tokenizer: Tokenizer, pool: Pool) -> Setup:
+    """Problems, and an engine that holds the longest of them with its answer."""
+    build.choose("fitness", config.fitness, FITNESS)
+    train = data.encode(task.problems("train", config.task.problems, config.seed), tokenizer)
+    test = data.encode(task.problems("test", config.eval_problems, 0), tokenizer)
+    ends = tuple(token for token in dict.fromkeys((tokenizer.eos, tokenizer.bos)) if token is not None)
+    settings = Settings(
+        length=max(train.longest, test.longest) + config.budget, stop=ends,
+        sampling=Sampling(**config.sampling.to_dict()), **config.engine.to_dict(),
+    )  # fmt: skip
+    key = jax.random.fold_in(jax.random.key(config.seed), 3)
+    return Setup(config, model, tokenizer, settings, train, test, pool, key)
+
+
+def plan(setup: Setup, es: eggroll.Strategy, state: eggroll.State) -> str:
+    """What the run needs, before it takes it."""
+    size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    c, mib, drawn = setup.config, 2**20, jax.eval_shape(es.draw, state)
+    rows = es.population.size * c.prompts * c.samples
+    weights = sum(x.size for x in jax.tree.leaves(state.params))
+    return (
+        f"{weights:,} parameters; {es.population.size} members x {c.prompts} prompts x {c.samples} samples = {rows:,} "
+        f"completions a step in {setup.settings.slots} slots of {setup.settings.length} tokens\n"
+        f"memory: state {size((state.params, state.master, state.opt_state)) / mib:.1f} MiB, noise "
+        f"{size((drawn.lefts, drawn.rights)) / mib:.1f} MiB, cache {engine.cache_bytes(setup.model, setup.settings) / mib:.1f} "
+        "MiB (config.engine.slots)"
+    )
+
+
+def finish(run: Run, setup: Setup, before: Scored, after: Scored) -> dict[str, Any]:
+    """The result, with the paired difference on the same problems and its 95 % interval."""
+    solved = [100.0 * (scored.value >= 1) for scored in (before, after)]
+    gained = {"solved": solved, "reward": [before.value, after.value]}
+    details = {}
+    for name, (old, new) in gained.items():
+        half = 1.96 * float(np.std(new - old)) / len(old) ** 0.5
+        details |= {f"{name}_before": float(old.mean()), f"{name}_after": float(new.mean())}
+        details |= {f"{name}_gain": float((new - old).mean()), f"{name}_gain_interval": half}
+    return run.finish(
+        "held-out problems solved in %", details["solved_after"], task=setup.config.task.name, method=setup.config.method,
+        problems=len(solved[0]), **details,
+    )  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit status."""
+    workdir, result = launch(train, argv, errors=(tasks.TaskError, PoolError))
+    print(
+        f"{result['task']}, {result['method']}, seed {result['seed']}: {result['solved_before']:.1f} % -> "
+        f"{result['solved_after']:.1f} % of {result['problems']} held-out problems solved (gain {result['solved_gain']:.1f} +- "
+        f"{result['solved_gain_interval']:.1f}), mean reward {result['reward_before']:.3f} -> {result['reward_after']:.3f}, "
+        f"after {result['tokens']} tokens in {result['seconds']:.0f} s"
+    )
+    return plot.main([workdir, "--x=tokens", "--y=eval_reward"])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Which data a step sees, as pure functions of seed and step: nothing to save, nothing to restore."""

@@ -1,0 +1,92 @@
+"""Prompts of a step: every problem once per epoch, in an order of the epoch's own."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from rl.models.tokenizer import Tokenizer
+from rl.tasks.types import Problem, TaskError
+from rl.types import Requests, pad
+
+
+class Prompts(NamedTuple):
+    """Problems with their token ids, host only.
+
+    Attributes:
+        problems: see `rl.tasks.types.Problem`.
+        ids: tokens of each prompt, at least one.
+    """
+
+    problems: list[Problem]
+    ids: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+    def take(self, rows: Sequence[int]) -> "Prompts":
+        """Some of them, in this order."""
+        return Prompts([self.problems[i] for i in rows], [self.ids[i] for i in rows])
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(map(len, self.ids))
+
+
+def encode(problems: Sequence[Problem], tokenizer: Tokenizer) -> Prompts:
+    """Token ids of every prompt.
+
+    Raises:
+        TaskError: no problems, or a prompt without tokens.
+    """
+    ids = [tokenizer.encode(problem.prompt) for problem in problems]
+    empty = [problem.id for problem, tokens in zip(problems, ids, strict=True) if not tokens]
+    if not ids or empty:
+        raise TaskError(f"every prompt needs at least one token; {len(ids)} prompts, without tokens: {empty[:8]}")
+    return Prompts(list(problems), ids)
+
+
+def rows(seed: int, step: int, count: int, size: int) -> list[int]:
+    """Indices of the `count` problems of a step, counted from 0, among `size`.
+
+    Consecutive stretches of a permutation per epoch: no problem comes twice before all others have come.
+    """
+    return [int(_order(seed, place // size, size)[place % size]) for place in range(step * count, (step + 1) * count)]
+
+
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, size: int) -> np.ndarray:
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(size)
+
+
+def population_requests(
+    prompts: Prompts, members: int, samples: int, budget: int, step: int, *, common: bool = True
+) -> Requests:
+    """Every member answers every prompt `samples` times; row (m E + e) G + g is sample g of member m on prompt e.
+
+    Args:
+        members: M; 0 for the unperturbed mean alone (member -1, M = 1).
+        samples: G per member and prompt.
+        budget: most tokens of an answer.
+        step: part of every uid, so that no two steps share randomness.
+        common: whether members share the randomness of (prompt, sample), so that they differ by their weights alone.
+    """
+    rows, count = len(prompts) * samples, max(members, 1)
+    prompt, length = pad(prompts.ids)
+    each = lambda x: np.tile(np.repeat(x, samples, axis=0), (count,) + (1,) * (x.ndim - 1))
+    of_row = np.tile(np.arange(rows), count) if common else np.arange(rows * count)
+    uid = (step * (rows if common else rows * count) + of_row) % 2**32
+    member = np.repeat(np.arange(members, dtype=np.int32), rows) if members else np.full(rows, -1, np.int32)
+    return Requests(each(prompt), each(length), np.full(rows * count, budget, np.int32), uid.astype(np.uint32), member)
+
+
+def completion_text(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int], stop: Sequence[int]) -> str:
+    """The text that `tokens` add to a prompt, without the stop token at their end."""
+    tokens = list(tokens)
+    if tokens and tokens[-1] in stop:
+        tokens.pop()
+    # Decoded together with the prompt: by itself, a first token loses its leading space in some tokenizers.
+    before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *tokens])
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(tokens)
