@@ -34,7 +34,8 @@ def convert(source: str | Path, target: str | Path) -> dict:
     import safetensors.torch
 
     directory.mkdir(parents=True, exist_ok=True)
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    # Copies, because tensors that share memory cannot be saved; one at a time, so that the original's memory is free again.
+    whole = {name: tensors.pop(name).contiguous().clone() for name in list(tensors)}
     safetensors.torch.save_file(whole, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return config
@@ -42,6 +43,8 @@ def convert(source: str | Path, target: str | Path) -> dict:
 
 def read(source: str | Path) -> dict:
     """The tensors of a .pth file, by name."""
+    if not Path(source).is_file():
+        raise ValueError(f"{source} must be a .pth file; there is no file of this name")
     try:
         import torch
     except ImportError as error:

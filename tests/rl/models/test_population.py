@@ -20,15 +20,14 @@ KINDS = {
     "rwkv7": SHAPES["rwkv7"],
 }
 CASES = [(name, scan_layers) for name in KINDS for scan_layers in (False, True)]
-ROWS = np.random.default_rng(5).integers(0, VOCAB, (2, 6))
+ROWS = np.random.default_rng(5).integers(0, VOCAB, (2, 7))
 
 
 def score(model, params, ids):
-    """Mean log-prob of the row, half of it teacher-forced, half decoded through a cache."""
-    whole, _ = model.forward(params, ids)
-    _, cache = model.forward(params, ids, model.empty(8), 0, 4)
-    step, _ = model.forward(params, ids[4:5], cache, 4, 1)
-    logp = jax.nn.log_softmax(model.head(params, jnp.concatenate([whole[:4], step])))
+    """Mean log-prob of the row, read through a cache: five tokens at once, then one."""
+    first, cache = model.forward(params, ids[:5], model.empty(8), 0, 5)
+    second, _ = model.forward(params, ids[5:6], cache, 5, 1)
+    logp = jax.nn.log_softmax(model.head(params, jnp.concatenate([first, second])))
     return jnp.mean(jnp.take_along_axis(logp, ids[1:, None], -1))
 
 
@@ -61,7 +60,7 @@ def test_members_equal_their_materialised_parameters_and_form_no_weight(name, sc
 
 def test_forced_experts_and_layers_without_experts_evolve_too():
     model, es, state, _ = prepared(MIXED)
-    forced = jnp.asarray(np.random.default_rng(0).integers(0, 5, (3, 6, 2)))
+    forced = jnp.asarray(np.random.default_rng(0).integers(0, 5, (3, 7, 2)))
     fitness = lambda params, ids: jnp.mean(model.head(params, model.forward(params, ids, experts=forced)[0]) ** 2)
     assert not [use for use in es.uses(state, fitness, jnp.asarray(ROWS[0])) if use[2]]
     scores = jax.jit(functools.partial(es.evaluate, score=fitness))(state, batch=jnp.asarray(ROWS[:1]))
@@ -70,7 +69,8 @@ def test_forced_experts_and_layers_without_experts_evolve_too():
 
 
 def test_bf16_members_stay_in_bf16():
-    model, es, state, fitness = prepared(dataclasses.replace(KINDS["rwkv7"], dtype="bfloat16", scan_layers=True))
+    model, es, state, _ = prepared(dataclasses.replace(KINDS["qwen3"], dtype="bfloat16", scan_layers=True))
+    fitness = lambda params, ids: model.head(params, model.forward(params, ids)[0]).mean()
     assert not [use for use in es.uses(state, fitness, jnp.asarray(ROWS[0])) if use[2]]
     scores = jax.jit(functools.partial(es.evaluate, score=fitness))(state, batch=jnp.asarray(ROWS))
     assert np.isfinite(scores).all() and np.asarray(scores).std() > 0

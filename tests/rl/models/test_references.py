@@ -11,6 +11,7 @@ import pytest
 
 from rl.models.load import load, save
 from tests.rl.models import checkpoints
+from tests.rl.models.tiny import forward
 
 safetensors = pytest.importorskip("safetensors", reason="checkpoints are safetensors files")
 
@@ -22,7 +23,7 @@ needs_stories = pytest.mark.skipif(
 
 
 def logits(model, params, ids):
-    return model.head(params, model.forward(params, jnp.asarray(ids))[0])
+    return model.head(params, forward(model)(params, jnp.asarray(ids))[0])
 
 
 def layouts(name):
