@@ -2,7 +2,17 @@
 
     python -m experiments.control --config=configs/control_minatar.py --workdir=runs/breakout
 
-TBD
+Return of the mean parameters over 64 fresh episodes for `--config.seed=0`, 1 and 2; seconds of training, compilation
+included, on 2 CPU cores (AMD EPYC):
+
+| variant           | what                                | returns          | env steps    | seconds  |
+|-------------------|-------------------------------------|------------------|--------------|----------|
+| eggroll (default) | crossed population of 1,024, rank 1 | 6.5, 6.6, 7.5    | 16 M to 32 M | 26 to 42 |
+| ppo               | with backprop                       | 11.7, 28.6, 15.8 | 0.82 M       | 38 to 52 |
+
+Episodes differ in nothing but the side the ball starts from, so the mean parameters have two outcomes, and evolution's
+curve stands still and then jumps. PPO is well ahead here, in a twentieth of the steps; its seconds are those of a busy
+machine.
 """
 
 import ml_collections

@@ -7,16 +7,15 @@ Data: scikit-learn's 1,797 images of 8 x 8 pixels, a fixed stratified split of 1
 Network: 64-64-64-10, ReLU. 600 steps of 64 images, Adam with a cosine decay from 0.02. EGGROLL perturbs all 8,970
 parameters, 1,024 members in one crossed grid of 32 x 32, rank 1, sigma 0.05; its fitness is minus the cross-entropy.
 
-Test accuracy in % for `--config.seed=0` to 4, and the time of one whole command with imports and compilation on 2 CPU
-cores (18 s of EGGROLL's are steps, mostly on one core):
+Test accuracy in % for `--config.seed=0`, 1 and 2, and seconds of training, compilation included, on 2 CPU cores (AMD
+EPYC); importing and loading take 4 s more:
 
-| variant  | 0     | 1     | 2     | 3     | 4     | mean of 0-2 | mean of 0-4 | seconds |
-|----------|-------|-------|-------|-------|-------|-------------|-------------|---------|
-| eggroll  | 97.78 | 97.78 | 97.78 | 96.67 | 96.39 | 97.78       | 97.28       | 23      |
-| backprop | 96.67 | 98.06 | 97.50 | 97.78 | 98.06 | 97.41       | 97.61       | 6       |
+| variant           | 0     | 1     | 2     | mean  | seconds |
+|-------------------|-------|-------|-------|-------|---------|
+| eggroll (default) | 96.67 | 96.67 | 96.94 | 96.76 | 14      |
+| backprop          | 96.67 | 98.06 | 97.50 | 97.41 | 1       |
 
-One test image is 0.28 %, so read the two as equal. Longer training fits the training set perfectly and generalises
-slightly worse: with `--config.steps=1200` the means of the five seeds are 96.67 and 97.72.
+One test image is 0.28 %. Training accuracy is 99.2 to 99.7 % and 100 %.
 """
 
 import ml_collections

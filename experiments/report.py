@@ -13,6 +13,10 @@ _FILES = {
     "ppo": "rl/control/ppo.py",
     "backprop": "experiments/pretrain.py",
 }
+_HEADERS = {
+    "methods": ("method", "file", "config", "result: **median** (seeds 0, 1, 2)", "training time"),
+    "bench": ("case", "setting", "measure", "value"),
+}
 
 
 def methods() -> list[str]:
@@ -47,7 +51,11 @@ def bench() -> list[str]:
 def filled(readme: str) -> str:
     """The README with both tables as the measurements have them."""
     for table, rows in (("methods", methods()), ("bench", bench())):
-        text = f"<!-- {table} -->\n" + "".join(row + "\n" for row in rows) + f"<!-- /{table} -->"
+        # The header stands inside the markers: a comment after it would end the table.
+        header = _HEADERS[table]
+        rule = "|---" * len(header) + "|"
+        lines = (f"<!-- {table} -->", f"| {' | '.join(header)} |", rule, *rows, f"<!-- /{table} -->")
+        text = "\n".join(lines)
         readme = re.sub(rf"<!-- {table} -->.*?<!-- /{table} -->", lambda _, text=text: text, readme, flags=re.DOTALL)
     return readme
 

@@ -15,6 +15,7 @@ from experiments import build, control
 from rl import config as config_lib
 from rl import envs
 from rl.control import evolution, ppo
+from rl.run import RunError
 
 ROOT = Path(__file__).parents[2]
 TINY = ["max_steps=25", "eval_episodes=8", "eval_every=2", "save_every=2", "policy.hidden=(8,)"]
@@ -64,19 +65,52 @@ def test_every_variant_loads(name):
         assert compared | {"paper", "paper_openes", "paper_ppo"} == set(known)
 
 
-def test_published_settings():
-    cartpole, pendulum = load("cartpole:paper"), load("pendulum:paper")
-    assert cartpole.policy.hidden == pendulum.policy.hidden == (256, 256, 256)
-    # table: lr 0.1 (the authors' convention), decay 0.9995, sigma 0.2, decay 0.999, 2,048 members, rank 4, sgd
-    converted = eggroll.convert_learning_rate(
-        cartpole.optimizer.learning_rate, source="textbook", target="hyperscale", sigma=0.2, members=2048
-    )
-    np.testing.assert_allclose(converted, 0.1, rtol=1e-12)
-    assert (cartpole.es.members, cartpole.es.rank, cartpole.optimizer.name) == (2048, 4, "sgd")
-    assert (pendulum.es.members, pendulum.optimizer.learning_rate, pendulum.es.sigma_decay) == (4096, 0.01, 0.995)
-    assert load("ant:paper").es.sigma == 0.05 and load("ant:paper_ppo").ppo.discount == 0.995
-    # Decays are per generation: after 100 of them sigma is 0.2 * 0.999 ** 100.
-    np.testing.assert_allclose(build.strategy(cartpole).sigma(100), 0.2 * 0.999**100, rtol=1e-5)
+# arXiv 2511.16652, appendix N.4: det policy, lr, lr_decay, n_par_evals, pop, opt, rank, rank_transform, sigma, sigma_decay
+PUBLISHED_ES = {
+    "cartpole:paper": (False, 0.1, 0.9995, 1, 2048, "sgd", 4, False, 0.2, 0.999),
+    "cartpole:paper_openes": (True, 0.1, 0.9995, 4, 512, "adamw", None, True, 0.5, 0.9995),
+    "pendulum:paper": (False, 0.01, 0.995, 1, 4096, "adam", 4, False, 0.05, 0.995),
+    "pendulum:paper_openes": (True, 0.01, 0.995, 4, 4096, "adamw", None, False, 0.05, 1),
+    "ant:paper": (False, 0.01, 0.9995, 1, 2048, "adam", 1, False, 0.05, 0.9995),
+    "ant:paper_openes": (False, 0.1, 0.995, 8, 512, "adam", None, False, 0.05, 0.9995),
+}
+# clip, ent, gae, gamma, lr, grad_norm, envs, epochs, minibatches, steps, vf
+PUBLISHED_PPO = {
+    "cartpole:paper_ppo": (0.2, 1e-4, 0.9, 0.995, 3e-4, 0.5, 256, 4, 32, 128, 0.5),
+    "pendulum:paper_ppo": (0.1, 1e-3, 0.95, 0.999, 3e-4, 1, 256, 16, 16, 256, 1),
+    "ant:paper_ppo": (0.2, 0, 0.95, 0.995, 3e-4, 0.5, 64, 8, 32, 128, 1),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_ES)
+def test_published_settings_of_evolution(name):
+    deterministic, rate, decay, episodes, members, optimizer, rank, ranked, sigma, sigma_decay = PUBLISHED_ES[name]
+    config = load(name)
+    assert (config.policy.hidden, config.policy.stochastic) == ((256, 256, 256), not deterministic)
+    assert (config.episodes, config.es.members, config.es.population) == (episodes, members, "antithetic")
+    assert config.method == ("openes" if rank is None else "eggroll") and config.es.rank == (rank or 1)
+    assert config.es.shaping == ("centred_rank" if ranked else "zscore")
+    assert (config.es.sigma, config.es.sigma_decay, config.optimizer.name) == (sigma, sigma_decay, optimizer)
+    if optimizer == "sgd":  # the rate is in the convention of the authors' library, at sigma's of each generation
+        for t in (0, 100):
+            ours = config.optimizer.learning_rate * config.optimizer.decay**t
+            converted = eggroll.convert_learning_rate(
+                ours, source="textbook", target="hyperscale", sigma=sigma * sigma_decay**t, members=members
+            )
+            np.testing.assert_allclose(converted, rate * decay**t, rtol=1e-9)
+    else:
+        assert (config.optimizer.learning_rate, config.optimizer.decay) == (rate, decay)
+    # Decays are per generation.
+    np.testing.assert_allclose(build.strategy(config).sigma(100), sigma * sigma_decay**100, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", PUBLISHED_PPO)
+def test_published_settings_of_ppo(name):
+    config = load(name)
+    c = config.ppo
+    order = (c.clip, c.entropy, c.gae, c.discount, c.learning_rate, c.max_grad_norm, c.envs, c.epochs)
+    assert (*order, c.minibatches, c.steps, c.value) == PUBLISHED_PPO[name]
+    assert config.policy.hidden == (256, 256, 256) and config.policy.normalize_observations
 
 
 @pytest.mark.parametrize(
@@ -174,6 +208,17 @@ def test_a_member_without_a_finite_return_is_counted_and_the_rest_goes_on():
     assert 0 < int(metrics["finite_members"]) < 64
     leaves = jax.tree.leaves((learner.actor(state), state.normalizer))
     assert all(bool(np.isfinite(leaf).all()) for leaf in leaves)
+
+
+def test_no_finite_return_at_all_ends_the_run(tmp_path, monkeypatch):
+    kind = envs.Continuous((-1.0,), (1.0,))
+    step = lambda key, s, action: (s, s, jnp.nan * action[0], jnp.bool_(False))  # noqa: E731
+    env = envs.Env("nothing", 1, kind, 2, lambda key: (jnp.ones(1), jnp.ones(1)), step)
+    monkeypatch.setattr(envs, "make", lambda name, max_steps: env)
+    with pytest.raises(RunError, match=r"step 1: none of the members has a finite fitness.*check the reward for NaN"):
+        control.train(load("pendulum", TINY_ES), tmp_path)
+    assert rows(tmp_path / "metrics.jsonl")[0]["finite_members"] == 0
+    assert not (tmp_path / "result.json").exists()
 
 
 def test_evolution_learns_a_line():

@@ -1,5 +1,11 @@
 """The README quotes the committed measurements, and nothing else."""
 
+import ast
+import json
+import re
+
+import pytest
+
 from experiments import report
 
 
@@ -7,3 +13,21 @@ def test_the_readme_tables_are_those_of_the_results():
     text = (report.ROOT / "README.md").read_text(encoding="utf-8")
     assert report.filled(text) == text
     assert len(report.methods()) >= 8 and len(report.bench()) >= 10
+
+
+def test_every_table_is_one_block_of_rows_of_one_width():
+    text = (report.ROOT / "README.md").read_text(encoding="utf-8")
+    for table, rows in (("methods", report.methods()), ("bench", report.bench())):
+        lines = text.partition(f"<!-- {table} -->\n")[2].partition(f"\n<!-- /{table} -->")[0].splitlines()
+        assert lines[2:] == rows and set(lines[1]) == {"|", "-"}
+        assert len({line.count("|") for line in lines}) == 1
+
+
+@pytest.mark.parametrize("file", ["compare", "recipes"])
+def test_the_docstring_of_a_recipe_has_the_measured_scores_and_its_command(file):
+    for row in json.loads((report.RESULTS / f"{file}.json").read_text()):
+        path = row["config"].partition(":")[0]
+        docstring = ast.get_docstring(ast.parse((report.ROOT / path).read_text()))
+        forms = {f"{row['score']:.{digits}f}" for digits in (0, 1, 2)}
+        assert forms & set(re.findall(r"-?\d+(?:\.\d+)?", docstring)), (row["config"], row["seed"], row["score"])
+        assert f"--config={path} --workdir=" in docstring and "TBD" not in docstring
