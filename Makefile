@@ -6,9 +6,8 @@ BIN := $(VENV)/bin
 
 .PHONY: quickstart test fast lint reference clean
 
-quickstart: $(VENV)/.installed-quickstart  ## learn CartPole-v1 from nothing, then draw the run
+quickstart: $(VENV)/.installed-quickstart  ## learn CartPole-v1 from nothing, draw plot.png
 	$(BIN)/python -m experiments.control --config=configs/control_cartpole.py --workdir=$(WORKDIR)
-	$(BIN)/python -m experiments.plot $(WORKDIR)
 
 test: $(VENV)/.installed-dev  ## the whole suite
 	$(BIN)/python -m pytest -n 2 --import-mode=importlib $(ARGS)
