@@ -48,6 +48,20 @@ def check(config: ml_collections.ConfigDict) -> None:
             raise ConfigError(f"config.{key} must be greater than 0, not {value}")
 
 
+def require(config: ml_collections.ConfigDict, *keys: str) -> None:
+    """Checks that a config is of the kind that a script runs.
+
+    Raises:
+      ConfigError: a key is missing; names it.
+    """
+    missing = [key for key in keys if key not in config]
+    if missing:
+        raise ConfigError(
+            f"this script needs a config with the keys {', '.join(keys)}, but this one has no {', '.join(missing)}: "
+            "run it by the command in the config's docstring"
+        )
+
+
 def choose(key: str, name: str, known: Mapping[str, Any]) -> Any:
     """The named entry of a table.
 
@@ -80,7 +94,9 @@ def strategy(config: ml_collections.ConfigDict, rules: tuple[tuple[str, str], ..
             rank=c.rank,
             sigma=optax.exponential_decay(c.sigma, 1, c.sigma_decay),
             noise=c.noise,
-            rules=(("", "full"),) if config.method == "openes" else (*((pattern, "full") for pattern in c.full), *rules),
+            rules=(("", "full"),)
+            if config.method == "openes"
+            else (*((pattern, "full") for pattern in c.full), *rules),
             shaping=choose("es.shaping", c.shaping, SHAPINGS),
             chunk=c.chunk or None,
         )

@@ -5,9 +5,9 @@
         configs/control_acrobot.py configs/digits.py configs/digits.py:backprop
 
 Runs every CONFIG[:variant] with seeds 0, 1, ... one command after the other, each as its own script would; runs that are
-complete are not repeated. Then writes OUT.json (what each run scored, in how much work and time, and its curve) and
-OUT.png: one row of panels per config file, against work and against seconds. Without arguments: EGGROLL, OpenES and PPO
-on CartPole and Pendulum, about 8 minutes on 2 CPU cores.
+complete are not repeated, unless the config has changed since: that is an error. Then writes OUT.json (what each run
+scored, in how much work and time, and its curve) and OUT.png: one row of panels per config file, against work and against
+seconds. Without arguments: EGGROLL, OpenES and PPO on CartPole and Pendulum, about 8 minutes on 2 CPU cores.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments import plot
+from rl import config as config_lib
 
 DEFAULT = tuple(
     f"configs/control_{env}.py{variant}"
@@ -37,7 +38,12 @@ class Finished(NamedTuple):
 
 
 def run(workdir: Path, config: str, seed: int) -> plot.RunData:
-    """Runs one job unless it has its result."""
+    """Runs one job unless it has its result.
+
+    Raises:
+      rl.config.ConfigError: the folder holds another config.
+      subprocess.CalledProcessError: the job failed.
+    """
     path, _, variant = config.partition(":")
     folder = workdir / "_".join(filter(None, (Path(path).stem, variant, str(seed))))
     if not (folder / "result.json").is_file():
@@ -45,6 +51,8 @@ def run(workdir: Path, config: str, seed: int) -> plot.RunData:
         flags = [f"--config={config}", f"--workdir={folder}", f"--config.seed={seed}"]
         print(f"{script} {' '.join(flags)}", file=sys.stderr, flush=True)
         subprocess.run([sys.executable, "-m", f"experiments.{script}", *flags], check=True, stdout=sys.stderr)
+    stored = json.loads((folder / "config.json").read_text())
+    config_lib.check_same(stored, config_lib.resolved(config_lib.load(config, [f"seed={seed}"])), str(folder))
     return plot.read_run(folder)
 
 
@@ -80,22 +88,30 @@ def panels(group: Sequence[Finished]) -> list[tuple[list[plot.Curve], str, str, 
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m experiments.compare", description=__doc__.split("\n")[0])
     parser.add_argument("configs", nargs="*", metavar="CONFIG[:variant]", default=DEFAULT)
     parser.add_argument("--workdir", required=True, type=Path, help="folder of the runs")
     parser.add_argument("--out", default=Path("experiments/results/compare"), type=Path, help="without suffix")
     parser.add_argument("--seeds", default=3, type=int, help="how many")
     options = parser.parse_args(argv)
-    finished = [Finished(c, [run(options.workdir, c, seed) for seed in range(options.seeds)]) for c in options.configs]
-    files = dict.fromkeys(config.partition(":")[0] for config in options.configs)
+    if options.seeds < 1:
+        parser.error(f"--seeds must be at least 1, not {options.seeds}")
+    configs = dict.fromkeys(options.configs)
+    try:
+        finished = [Finished(c, [run(options.workdir, c, seed) for seed in range(options.seeds)]) for c in configs]
+    except (config_lib.ConfigError, subprocess.CalledProcessError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    files = dict.fromkeys(config.partition(":")[0] for config in configs)
     grid = [panels([f for f in finished if f.config.partition(":")[0] == file]) for file in files]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(row) for f in finished for row in rows(f))
     options.out.with_suffix(".json").write_text(f"[\n{lines}\n]\n")
     plot.draw_grid(grid, options.out.with_suffix(".png"), (12, 4 * len(grid)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -87,6 +87,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, tensorboard: b
       What `result.json` holds (`rl.run.Run.finish`); the score is the mean return over the final episodes, with its
       standard deviation and the lowest return beside it.
     """
+    build.require(config, "env", "method")
     env = envs.make(config.env, config.max_steps or None)
     learner = make_learner(config, env)
 

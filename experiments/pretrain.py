@@ -139,6 +139,7 @@ def accuracy(task: Task, params: Any, data: Batch) -> jax.Array:
 
 def train(config: ml_collections.ConfigDict, workdir: str, tensorboard: bool = False) -> dict[str, Any]:
     """Trains, resuming what `workdir` holds; returns what `result.json` holds, the score being the test accuracy."""
+    build.require(config, "task", "method")
     build.check(config)
     task = build.choose("task", config.task, TASKS)(config)
     state, method_step = build.choose("method", config.method, METHODS)(config, task)

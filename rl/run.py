@@ -96,7 +96,13 @@ class Run:
         self._seconds_before = self._seconds = 0.0  # training time of earlier sessions, and up to the last save
 
     def __enter__(self) -> Self:
-        self.workdir.mkdir(parents=True, exist_ok=True)
+        try:
+            self.workdir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(
+                f"a working directory must be a folder, but {self.workdir} cannot be made one ({error.strerror}): "
+                "use another --workdir"
+            ) from error
         self._lock = _lock(self.workdir)
         try:
             _settle_config(self.workdir, self._config)

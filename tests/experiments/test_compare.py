@@ -6,13 +6,9 @@ from pathlib import Path
 import pytest
 
 from experiments import compare, report
+from rl import config as config_lib
 
 CONFIGS = ["configs/control_pendulum.py", "configs/control_pendulum.py:ppo", "configs/digits.py:backprop"]
-SETTINGS = {
-    "control_pendulum": {"env": "Pendulum-v1", "method": "eggroll", "es": {"population": "crossed", "rank": 1}},
-    "control_pendulum_ppo": {"env": "Pendulum-v1", "method": "ppo"},
-    "digits_backprop": {"task": "digits", "method": "backprop"},
-}
 
 
 @pytest.fixture
@@ -22,17 +18,18 @@ def started(monkeypatch):
 
     def run(command, **options):
         commands.append(command[2:4])
+        config = command[3].removeprefix("--config=")
         folder = Path(next(c.partition("=")[2] for c in command if c.startswith("--workdir=")))
         seed = int(next(c.partition("=")[2] for c in command if c.startswith("--config.seed=")))
         folder.mkdir(parents=True)
-        settings = SETTINGS[folder.name.rpartition("_")[0]]
+        settings = config_lib.resolved(config_lib.load(config, [f"seed={seed}"]))
         unit, metric = ("env_steps", "eval_return") if "env" in settings else ("examples", "test_accuracy")
         metrics = [{"step": n, unit: 100 * n, metric: 10.0 * n + seed} for n in (1, 2)]
         timing = [{"step": n, "seconds": 1.5 * n} for n in (1, 2)]
         result = {"measure": "mean return", "score": 20.0 + seed, "seed": seed, "seconds": 3.0} | {
-            k: v for k, v in settings.items() if k != "es"
+            key: settings[key] for key in ("env", "task", "method") if key in settings
         }
-        (folder / "config.json").write_text(json.dumps(settings | {"seed": seed}))
+        (folder / "config.json").write_text(json.dumps(settings))
         (folder / "result.json").write_text(json.dumps(result))
         for name, rows in (("metrics", metrics), ("timing", timing)):
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -59,6 +56,25 @@ def test_runs_once_and_writes_scores_curves_and_figure(started, tmp_path):
     assert (tmp_path / "out" / "pair.png").read_bytes().startswith(b"\x89PNG")
     compare.main(arguments)
     assert len(started) == 6  # nothing is run again
+
+
+def test_a_run_of_another_config_is_not_taken_for_this_one(started, tmp_path, capsys):
+    arguments = [CONFIGS[0], f"--workdir={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}", "--seeds=1"]
+    assert compare.main(arguments) == 0
+    config = tmp_path / "runs" / "control_pendulum_0" / "config.json"
+    config.write_text(config.read_text().replace('"sigma": 0.1', '"sigma": 0.3'))
+    assert compare.main(arguments) == 2
+    assert "es.sigma: stored 0.3, this command 0.1" in capsys.readouterr().err
+
+
+def test_jobs_that_fail_and_numbers_of_seeds_that_make_no_sense(tmp_path, capfd):
+    arguments = ["configs/digits.py:nope", f"--workdir={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}"]
+    assert compare.main(arguments) == 2
+    errors = capfd.readouterr().err
+    assert "unknown variant 'nope'" in errors and "returned non-zero exit status 2" in errors
+    assert not (tmp_path / "out.json").exists() and "Traceback" not in errors
+    with pytest.raises(SystemExit):
+        compare.main([*arguments, "--seeds=0"])
 
 
 def test_the_readme_row_of_a_recipe_has_median_every_seed_and_time(started, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import eggroll
-from experiments import build, control
+from experiments import build, control, pretrain
 from rl import config as config_lib
 from rl import envs
 from rl.control import evolution, ppo
@@ -261,6 +261,15 @@ def test_the_command(tmp_path):
     assert other.returncode == 2 and "es.sigma" in other.stderr and "Traceback" not in other.stderr
     nowhere = command(config, f"--workdir={tmp_path / 'x'}", "--config.env=CartPole-v9")
     assert nowhere.returncode == 2 and "Did you mean CartPole-v1" in nowhere.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_config_of_another_script_is_refused(tmp_path):
+    other = config_lib.load(f"{ROOT}/configs/digits.py")
+    with pytest.raises(config_lib.ConfigError, match="with the keys env, method, but this one has no env"):
+        control.train(other, tmp_path / "x")
+    with pytest.raises(config_lib.ConfigError, match="with the keys task, method, but this one has no task"):
+        pretrain.train(load("cartpole"), str(tmp_path / "x"))
     assert not (tmp_path / "x").exists()
 
 

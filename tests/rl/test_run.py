@@ -174,6 +174,13 @@ def test_damaged_newest_checkpoint_falls_back_counted(tmp_path, capfd):
     assert (tmp_path / "b" / "checkpoints" / "unusable-0000000004").is_dir()
 
 
+def test_a_workdir_that_cannot_be_a_folder_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(RunError, match=r"must be a folder, but .*file.* cannot be made one"):
+            small_run(workdir)
+
+
 def test_second_process_on_a_workdir_is_refused(tmp_path):
     with (
         Run(tmp_path, {}, total_steps=1, save_every=1),
