@@ -2,7 +2,7 @@
 
     python -m experiments.compare --workdir=runs/compare
     python -m experiments.compare --workdir=runs/recipes --out=experiments/results/recipes \\
-        configs/control_acrobot.py configs/digits.py configs/digits.py:backprop
+        configs/control_{acrobot,mountaincar_continuous,minatar}.py configs/digits.py{,:backprop}
 
 Runs every CONFIG[:variant] with seeds 0, 1, ... one command after the other, each as its own script would; runs that are
 complete are not repeated, unless the config has changed since: that is an error. Then writes OUT.json (what each run

@@ -3,6 +3,8 @@
 import ast
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -21,6 +23,17 @@ def test_every_table_is_one_block_of_rows_of_one_width():
         lines = text.partition(f"<!-- {table} -->\n")[2].partition(f"\n<!-- /{table} -->")[0].splitlines()
         assert lines[2:] == rows and set(lines[1]) == {"|", "-"}
         assert len({line.count("|") for line in lines}) == 1
+
+
+def test_the_readme_example_goes_from_and_to_where_it_says():
+    text = (report.ROOT / "README.md").read_text(encoding="utf-8")
+    example = re.search(r"```python\n(import eggroll.*?)```", text, re.DOTALL)[1]
+    stated = re.search(r"# of state.params: (\S+) at first, (\S+) now", example)
+    example += "print(es.evaluate_mean(es.init(params, jax.random.key(0)), score, batch).mean())"
+    done = subprocess.run([sys.executable, "-c", example], cwd=report.ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    last, first = map(float, done.stdout.split())
+    assert first == pytest.approx(float(stated[1]), abs=0.005) and last == pytest.approx(float(stated[2]), abs=0.03)
 
 
 @pytest.mark.parametrize("file", ["compare", "recipes"])
