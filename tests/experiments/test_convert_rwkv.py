@@ -51,7 +51,7 @@ def test_the_command_converts_what_load_reads(pth, tmp_path):
 
 def test_logits_of_the_public_package(pth, tmp_path):
     if importlib.util.find_spec("rwkv") is None:
-        pytest.skip("the reference implementation rwkv is not installed")
+        pytest.skip("needs the package rwkv: pip install 'eggroll-jax[reference]'")
     expected = checkpoints.rwkv_logits(pth)
     convert_rwkv.convert(pth, tmp_path / "converted")
     for scan_layers in (False, True):

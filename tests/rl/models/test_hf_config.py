@@ -135,7 +135,7 @@ def test_there_and_back(name):
 
 @pytest.mark.parametrize("name", list(checkpoints.TRANSFORMERS))
 def test_transformers_reads_what_we_write(name):
-    transformers = pytest.importorskip("transformers", reason="the reference implementation is not installed")
+    transformers = pytest.importorskip("transformers", reason="needs pip install 'eggroll-jax[reference]'")
     config = read(checkpoints.TRANSFORMERS[name])
     theirs = transformers.AutoConfig.for_model(**hf_config.to_json(config))
     assert read(theirs.to_dict() | {"architectures": checkpoints.TRANSFORMERS[name]["architectures"]}) == config

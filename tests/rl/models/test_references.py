@@ -17,6 +17,7 @@ safetensors = pytest.importorskip("safetensors", reason="checkpoints are safeten
 
 _ROOT = Path(__file__).parents[3]
 STORIES = Path(os.environ.get("EGGROLL_DATA", _ROOT.parent / "shared" / "data")) / "stories260K"
+needs_reference = "needs torch and transformers: pip install 'eggroll-jax[reference]'"
 needs_stories = pytest.mark.skipif(
     not (STORIES / "model.safetensors").is_file(), reason=f"no stories260K in {STORIES.parent} (set EGGROLL_DATA)"
 )
@@ -45,8 +46,8 @@ def test_stored_logits(name, tmp_path):
 
 @pytest.mark.parametrize("name", list(checkpoints.TRANSFORMERS))
 def test_transformers_gives_the_same_logits_from_its_directory_and_from_ours(name, tmp_path):
-    pytest.importorskip("torch", reason="the reference implementation runs on torch")
-    pytest.importorskip("transformers", reason="the reference implementation is not installed")
+    pytest.importorskip("torch", reason=needs_reference)
+    pytest.importorskip("transformers", reason=needs_reference)
     original = checkpoints.write(tmp_path / "original", name)
     expected = checkpoints.transformers_logits(original)
     for scan_layers in layouts(name):
@@ -59,8 +60,8 @@ def test_transformers_gives_the_same_logits_from_its_directory_and_from_ours(nam
 
 def test_transformers_own_checkpoint_loads(tmp_path):
     """Weights that transformers initialised and wrote, not we."""
-    torch = pytest.importorskip("torch", reason="the reference implementation runs on torch")
-    transformers = pytest.importorskip("transformers", reason="the reference implementation is not installed")
+    torch = pytest.importorskip("torch", reason=needs_reference)
+    transformers = pytest.importorskip("transformers", reason=needs_reference)
     torch.manual_seed(0)
     settings = {k: v for k, v in checkpoints.TRANSFORMERS["qwen3-moe"].items() if k != "architectures"}
     theirs = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**settings, initializer_range=0.3))
@@ -143,8 +144,8 @@ def test_stories_tokenizer(stories):
 
 @needs_stories
 def test_stories_saved_is_read_by_transformers(tmp_path):
-    pytest.importorskip("torch", reason="the reference implementation runs on torch")
-    transformers = pytest.importorskip("transformers", reason="the reference implementation is not installed")
+    pytest.importorskip("torch", reason=needs_reference)
+    transformers = pytest.importorskip("transformers", reason=needs_reference)
     model, params, tokenizer = load(STORIES)
     save(tmp_path, model, params, tokenizer)
     prompt = json.loads((STORIES / "reference.json").read_text())["prompts"][0]
