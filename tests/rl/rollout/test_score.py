@@ -80,6 +80,10 @@ def test_padding_leaves_no_trace_whatever_it_holds(name):
         jax.tree.map(
             np.testing.assert_array_equal, score(model, params, np.where(padding, filler, ids), lengths), scores
         )
+    if name == "tied transformer":  # an embedding of an id outside is NaN, and so would be its share of a gradient
+        gradient = jax.jit(jax.grad(lambda p, ids: score_row(model, p, ids, 6)[0].sum()))
+        filled = jnp.asarray(np.where(padding, VOCAB, ids)[1])
+        jax.tree.map(np.testing.assert_array_equal, gradient(params, filled), gradient(params, jnp.asarray(ids[1])))
     wider = np.pad(ids, ((0, 0), (0, 5)), constant_values=-100)
     close([x[:, :13] for x in score(model, params, wider, lengths)], scores)
 
