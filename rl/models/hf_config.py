@@ -67,7 +67,7 @@ def from_json(config: Json, where: str, *, dtype: str, scan_layers: bool) -> Tra
     heads, width = _count(config, "num_attention_heads", where), _count(config, "hidden_size", where)
     default = config.get("num_key_value_heads", _DEFAULT_HEADS[kind]) or heads  # null means heads, absent the default
     layers, max_length = _count(config, "num_hidden_layers", where), _count(config, "max_position_embeddings", where)
-    bias = config.get("attention_bias", False)
+    bias = _flag(config, "attention_bias", where)
     return TransformerConfig(
         vocab=_count(config, "vocab_size", where),
         layers=layers,
@@ -77,13 +77,13 @@ def from_json(config: Json, where: str, *, dtype: str, scan_layers: bool) -> Tra
         kv_heads=_count(config, "num_key_value_heads", where, default),
         head_dim=_head_dim(config, kind, width, heads, where),
         max_length=max_length,
-        norm_epsilon=config.get("rms_norm_eps", _DEFAULT_EPSILON),
+        norm_epsilon=_number(config.get("rms_norm_eps", _DEFAULT_EPSILON), "rms_norm_eps", where),
         rope=_rope(config, where),
         qkv_bias=True if kind == "qwen2" else bias,
         out_bias=False if kind == "qwen2" else bias,
-        mlp_bias=kind == "llama" and config.get("mlp_bias", False),
+        mlp_bias=kind == "llama" and _flag(config, "mlp_bias", where),
         qk_norm=kind.startswith("qwen3"),
-        tied=config.get("tie_word_embeddings", False),
+        tied=_flag(config, "tie_word_embeddings", where),
         scan_layers=scan_layers,
         dtype=dtype,
         **(_experts(config, layers, where) if kind == "qwen3_moe" else {}),
@@ -155,6 +155,19 @@ def _count(config: Json, key: str, where: str, default: int | None = None) -> in
     return value
 
 
+def _flag(config: Json, key: str, where: str) -> bool:
+    value = config.get(key)
+    if not isinstance(value, bool | None):
+        raise ValueError(f"{where}: {key} must be true or false; got {value!r}")
+    return bool(value)
+
+
+def _number(value: Any, key: str, where: str) -> float:
+    if not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"{where}: {key} must be a number above 0; got {value!r}")
+    return value
+
+
 def _refuse(config: Json, where: str) -> None:
     """What would change the numbers and is not implemented."""
     if config.get("hidden_act", "silu") != "silu":
@@ -183,7 +196,7 @@ def _experts(config: Json, layers: int, where: str) -> Json:
         "experts": experts,
         "experts_per_token": _count(config, "num_experts_per_tok", where),
         "expert_hidden": _count(config, "moe_intermediate_size", where),
-        "normalise_experts": config.get("norm_topk_prob", False),
+        "normalise_experts": _flag(config, "norm_topk_prob", where),
         "dense_layers": tuple(i for i in range(layers) if i in plain or (i + 1) % step),
     }
 
@@ -214,9 +227,11 @@ def _rope(config: Json, where: str) -> Rope:
             f"{sorted(keys)}"
         )
     read = {
-        ours: settings[key] for ours, (key, kinds) in _ROPE.items() if kind in kinds and settings.get(key) is not None
+        ours: _number(settings[key], key, where) if ours != "truncate" else _flag(settings, key, where)
+        for ours, (key, kinds) in _ROPE.items()
+        if kind in kinds and settings.get(key) is not None
     }
-    return Rope(type=kind, theta=float(theta), **read)
+    return Rope(type=kind, theta=float(_number(theta, "rope_theta", where)), **read)
 
 
 def _rope_json(rope: Rope) -> Json:

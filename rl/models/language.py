@@ -46,9 +46,11 @@ def stack_layers(params: Params) -> Params:
     """Parameters with "layer_0", "layer_1", ... -> one "layers" whose arrays have a leading axis over layers.
 
     Raises:
-        ValueError: layers that differ in structure.
+        ValueError: layers that differ in structure, or none.
     """
     names = layer_names(params)
+    if not names:
+        raise ValueError(f"parameters to stack must have layers; there is no 'layer_0' among {sorted(params)}")
     trees = [jax.tree.structure(params[name]) for name in names]
     if any(tree != trees[0] for tree in trees):
         odd = next(name for name, tree in zip(names, trees, strict=True) if tree != trees[0])

@@ -112,7 +112,8 @@ def _directory(name: str | Path, revision: str | None) -> Path:
             f"{str(name)!r} is no local directory, and loading from the hub needs: pip install huggingface_hub"
         ) from error
     try:
-        wanted = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"]
+        texts = ["config.json", "tokenizer.json", "tokenizer_config.json", "characters.json"]
+        wanted = ["*.safetensors", "*.safetensors.index.json", *texts]
         return Path(huggingface_hub.snapshot_download(str(name), revision=revision, allow_patterns=wanted))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         raise ValueError(

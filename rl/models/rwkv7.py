@@ -27,7 +27,7 @@ class RWKV7Config:
         head_dim: S; there are width / head_dim heads.
         hidden: of the channel mix; None is 4 width.
         decay_rank, rate_rank, value_rank, gate_rank: inner sizes of the low-rank maps that make w, a, the v mixture and g.
-        chunk: tokens per chunk of the parallel form, at most 128; changes no number beyond rounding.
+        chunk: tokens per chunk of the parallel form, at most 64; changes no number beyond rounding.
         scan_layers: parameters and state stacked over layers and one traced layer; else a Python loop. Stacked, layer 0 has
             value-mixing parameters that nothing depends on.
         dtype: of parameters and activations; state, norms, decay and logits are at least f32.

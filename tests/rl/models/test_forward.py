@@ -48,11 +48,9 @@ def test_padding_leaves_no_trace(name, scan_layers):
     jax.tree.map(np.testing.assert_array_equal, cache, cache_same)
     close(rows[:7], run(params, ids)[0][:7])
     # rows past the cache's end are dropped, not moved: 13 entries from position 19 on, of a cache of 20
-    full, _ = run(params, ids, cache, 7, 12)
     _, nearly = run(params, ids, cache, 7, 12)
     last, _ = run(params, ids, nearly, 19, 1)
     close(last[:1], run(params, ids[:1], nearly, 19, 1)[0])
-    assert np.isfinite(full).all()
     # nothing but padding changes nothing at all: a finished slot
     for tokens in (ids[:1], ids):
         jax.tree.map(np.testing.assert_array_equal, run(params, tokens, cache, 7, 0)[1], cache)
@@ -291,12 +289,13 @@ def test_make_returns_one_object_per_configuration():
         (lambda: dataclasses.replace(SHAPES["moe"], experts_per_token=6), ValueError, "got 6 of 5"),
         (lambda: dataclasses.replace(MIXED, scan_layers=True), ValueError, r"layers \[1\] have no experts"),
         (lambda: Rope("longrope"), ValueError, "'default', 'linear'.*got 'longrope'"),
-        (lambda: preset("tiny-rwkv7", chunk=129), ValueError, "1 to 128.*got 129"),
+        (lambda: preset("tiny-rwkv7", chunk=65), ValueError, "1 to 64.*got 65"),
         (lambda: preset("tiny-rwkv7", head_dim=7), ValueError, "multiple of head_dim; got 48 and 7"),
         (lambda: preset("tiny-rwkv7", dtype="int8"), ValueError, "int8"),
         (lambda: preset("gpt"), ValueError, "preset must be one of .*'tiny-moe'.*got 'gpt'"),
         (lambda: make({}), TypeError, "got dict"),
         (lambda: stack_layers({"layer_0": {"a": jnp.ones(1)}, "layer_1": {}}), ValueError, "layer_1 differs"),
+        (lambda: stack_layers({"norm": {}}), ValueError, r"no 'layer_0'.*\['norm'\]"),
     ],
 )
 def test_bad_settings(make_it, error, message):
