@@ -15,7 +15,7 @@ from experiments import build, control, pretrain
 from rl import config as config_lib
 from rl import envs
 from rl.control import evolution, ppo
-from rl.run import RunError
+from rl.run import Run, RunError
 
 ROOT = Path(__file__).parents[2]
 TINY = ["max_steps=25", "eval_episodes=8", "eval_every=2", "save_every=2", "policy.hidden=(8,)"]
@@ -158,6 +158,32 @@ def test_run_resume_and_result(variant, tmp_path):
     # Resuming a finished run changes nothing but the clock.
     again = control.train(load(f"cartpole:{variant}", overrides), tmp_path / "whole")
     assert again == result and rows(tmp_path / "whole" / "metrics.jsonl") == metrics
+
+
+@pytest.mark.parametrize("variant", ["eggroll", "ppo"])
+def test_an_interrupted_run_ends_bit_equal(variant, tmp_path, monkeypatch):
+    config = load(f"cartpole:{variant}", TINY_PPO if variant == "ppo" else TINY_ES)
+    control.train(config, tmp_path / "whole")
+    record = Run.record
+
+    def failing(run, *args, **kwargs):
+        if run.step == 2:
+            raise KeyboardInterrupt
+        record(run, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "record", failing)
+        with pytest.raises(KeyboardInterrupt):
+            control.train(config, tmp_path / "broken")
+    control.train(config, tmp_path / "broken")
+    metrics, leaves = zip(*(final(tmp_path / name) for name in ("whole", "broken")), strict=True)
+    assert metrics[0] == metrics[1] and leaves[0] == leaves[1]
+
+
+def final(workdir):
+    """The metrics, and shape, dtype and checksum of every leaf of the newest checkpoint."""
+    newest = max(path for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+    return (workdir / "metrics.jsonl").read_bytes(), json.loads((newest / "meta.json").read_text())["leaves"]
 
 
 @pytest.mark.parametrize("variant", ["eggroll", "ppo"])
