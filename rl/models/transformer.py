@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kernels import decode_attention
 from rl.models.experts import Experts
 from rl.models.language import LanguageModel, stacked_rules
 from rl.models.rope import Rope, rotate, rotation
@@ -110,7 +111,7 @@ def build(config: TransformerConfig) -> LanguageModel:
 
 def _empty(config: TransformerConfig, length: int):
     lead = (config.layers,) if config.scan_layers else ()
-    zeros = lambda: jnp.zeros((*lead, length, config.kv_heads, config.head_dim), config.dtype)
+    zeros = lambda: jnp.zeros((*lead, config.kv_heads, config.head_dim, length), config.dtype)
     layers = [{"k": zeros(), "v": zeros()} for _ in range(1 if config.scan_layers else config.layers)]
     return layers[0] if config.scan_layers else tuple(layers)
 
@@ -249,7 +250,9 @@ class Attention(nn.Module):
         if c.qk_norm:
             q, k = RMSNorm(c, name="query_norm")(q), RMSNorm(c, name="key_norm")(k)
         q, k = rotate(q, *angles), rotate(k, *angles)
-        if cache is not None:
+        if cache is None:
+            k, v = k.transpose(1, 2, 0), v.transpose(1, 2, 0)
+        else:
             cache = {
                 "k": store(cache["k"], k, index, positions, filled),
                 "v": store(cache["v"], v, index, positions, filled),
@@ -260,10 +263,15 @@ class Attention(nn.Module):
 
 
 def store(cache: Array, rows: Array, index: Array | None, positions: Array, filled: Array) -> Array:
-    """Writes rows [L, kv_heads, head_dim] at their positions; padding and what lies beyond the cache is dropped."""
-    at = jnp.where(positions < filled, positions, cache.shape[-3])
-    place = at if index is None else (index, at)
-    return cache.at[place].set(rows.astype(cache.dtype), mode="drop")
+    """Writes rows [L, kv_heads, head_dim] into a cache [..., kv_heads, head_dim, T] at their positions.
+
+    Padding and what lies beyond the cache is dropped.
+    """
+    at = jnp.where(positions < filled, positions, cache.shape[-1])
+    place = (slice(None), slice(None), at)
+    if index is None:
+        return cache.at[place].set(rows.astype(cache.dtype).transpose(1, 2, 0), mode="drop")
+    return cache.at[(index, *place)].set(rows.astype(cache.dtype), mode="drop")
 
 
 def attend(q: Array, k: Array, v: Array, positions: Array, filled: Array | int) -> Array:
@@ -271,18 +279,21 @@ def attend(q: Array, k: Array, v: Array, positions: Array, filled: Array | int) 
 
     Args:
         q: [L, heads, d], head h reads key-value head h // (heads / kv_heads).
-        k, v: [T, kv_heads, d]; entries from `filled` on are never read: they may be NaN.
+        k, v: [kv_heads, d, T]; entries from `filled` on are never read: they may be NaN.
         positions: [L] of the queries.
 
     Returns:
         [L, heads, d].
     """
     length, heads, size = q.shape
+    if length == 1:
+        return decode_attention.attend(q[0], k, v, jnp.minimum(positions[0] + 1, filled))[None]
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    grouped = q.reshape(length, k.shape[1], heads // k.shape[1], size)
-    keys = jnp.arange(len(k))
+    grouped = q.reshape(length, k.shape[0], heads // k.shape[0], size).transpose(1, 2, 0, 3)
+    keys = jnp.arange(k.shape[-1])
     seen = (keys <= positions[:, None]) & (keys < filled)
-    scores = jnp.einsum("lgrd,tgd->grlt", grouped, k, preferred_element_type=wide) * size**-0.5
+    scores = jnp.einsum("grld,gdt->grlt", grouped, k, preferred_element_type=wide) * size**-0.5
     weights = nn.softmax(jnp.where(seen, scores, jnp.finfo(wide).min), axis=-1)
-    values = jnp.where((keys < filled)[:, None, None], v, 0)
-    return jnp.einsum("grlt,tgd->lgrd", weights.astype(v.dtype), values).reshape(length, heads, size)
+    values = jnp.where(keys < filled, v, 0)
+    out = jnp.einsum("grlt,gdt->grld", weights.astype(v.dtype), values)
+    return out.transpose(2, 0, 1, 3).reshape(length, heads, size)
