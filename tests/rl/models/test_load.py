@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import time
 
 import jax
@@ -222,6 +223,23 @@ def test_a_hub_name_loads_what_was_downloaded(monkeypatch, directory):
     assert (asked["name"], asked["revision"]) == ("owner/model.v1", "abc")
     assert not [pattern for pattern in asked["patterns"] if pattern.endswith((".bin", ".pt", ".pth", ".py", "*"))]
     jax.tree.map(np.testing.assert_array_equal, params, load(directory)[1])
+
+
+def test_a_package_that_is_not_installed_is_named(monkeypatch, directory):
+    (directory / "tokenizer.json").write_text("{}")
+    for package, run in {
+        "tokenizers": lambda: load(directory),
+        "huggingface_hub": lambda: load("owner/model"),
+        "safetensors": lambda: save(directory / "new", *load(directory)[:2]),
+    }.items():
+        if package == "safetensors":
+            (directory / "tokenizer.json").unlink()
+        with monkeypatch.context() as patch:
+            for name in [name for name in sys.modules if name.split(".")[0] == package]:
+                patch.setitem(sys.modules, name, None)
+            patch.setitem(sys.modules, package, None)
+            with pytest.raises(ImportError, match=f"pip install {package}"):
+                run()
 
 
 # -- types -----------------------------------------------------------------------------------------------------------
