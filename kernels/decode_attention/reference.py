@@ -14,13 +14,11 @@ def attend(q: Array, k: Array, v: Array, length: Array | int) -> Array:
     q = q.reshape(groups, heads // groups, size)
     seen = jnp.arange(room) < length
     v = jnp.where(seen, v, 0)
+    normalised = lambda scores: jax.nn.softmax(jnp.where(seen, scores * size**-0.5, jnp.finfo(wide).min), axis=-1)
     if size <= _UNROLLED:
         scores = sum(q[:, :, d, None].astype(wide) * k[:, None, d].astype(wide) for d in range(size))
+        out = jnp.sum(normalised(scores).astype(v.dtype)[:, :, None] * v[:, None], axis=-1)
     else:
         scores = jnp.einsum("grd,gdt->grt", q, k, preferred_element_type=wide)
-    weights = jax.nn.softmax(jnp.where(seen, scores * size**-0.5, jnp.finfo(wide).min), axis=-1).astype(v.dtype)
-    if size <= _UNROLLED:
-        out = jnp.sum(weights[:, :, None] * v[:, None], axis=-1)
-    else:
-        out = jnp.einsum("grt,gdt->grd", weights, v)
+        out = jnp.einsum("grt,gdt->grd", normalised(scores).astype(v.dtype), v)
     return out.reshape(heads, size)
