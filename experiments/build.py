@@ -29,21 +29,27 @@ SHAPINGS = {
 _COUNTS = (
     *("steps", "save_every", "eval_every", "eval_episodes", "episodes", "batch", "width", "hidden"),
     *("members", "envs", "epochs", "minibatches"),
+    *("problems", "eval_problems", "examples", "prompts", "samples", "budget", "slots", "workers"),
 )
 _POSITIVE = ("learning_rate", "decay", "sigma", "sigma_decay")
+_LEAST = {"seed": 0, "warm_start.steps": 0, "log_samples": 0}
 
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Checks the numbers that mean the same in every block, before anything is built or written.
 
     Raises:
-      ConfigError: a count below 1, or a rate, scale or decay that is not positive; names the key.
+      ConfigError: a count below 1, a number below 0 that must not be, or a rate, scale or decay that is not positive; names
+        the key.
     """
     for key, value in flatten(config.to_dict()).items():
+        if key.startswith("task.options."):
+            continue  # a task checks its own
         name = key.rpartition(".")[2]
-        least = min(value, default=1) if isinstance(value, tuple) else value
-        if name in _COUNTS and least < 1:
-            raise ConfigError(f"config.{key} must be at least 1, not {value}")
+        smallest = min(value, default=1) if isinstance(value, tuple) else value
+        least = _LEAST.get(key, 1 if name in _COUNTS else None)
+        if least is not None and smallest < least:
+            raise ConfigError(f"config.{key} must be at least {least}, not {value}")
         if name in _POSITIVE and value <= 0:
             raise ConfigError(f"config.{key} must be greater than 0, not {value}")
 

@@ -28,16 +28,19 @@ from rl.models.language import LanguageModel, Params
 from rl.models.load import load, save
 from rl.models.presets import make, preset
 from rl.models.tokenizer import Characters, Tokenizer
+from rl.models.transformer import TransformerConfig
 from rl.rewards.judge import fill_unjudged, judge, mean_reward, pass_at
 from rl.rewards.pool import Pool, PoolError
 from rl.rollout import engine
 from rl.rollout.engine import Settings
 from rl.rollout.generate import generate
 from rl.rollout.sampling import GREEDY, Sampling
-from rl.run import Run, launch
-from rl.tasks.types import STATUSES
+from rl.run import Run, RunError, launch
+from rl.supervised import Examples
+from rl.tasks.types import STATUSES, TaskError
 from rl.types import FINISHES, Rollouts, Scored
 
+METHODS = {"eggroll": "low-rank noise", "openes": "full-rank noise"}
 FITNESS = {"mean": lambda c: mean_reward, "pass_at": lambda c: functools.partial(pass_at, c.k)}
 
 
@@ -47,35 +50,39 @@ class Setup(NamedTuple):
     config: ml_collections.ConfigDict
     model: LanguageModel
     tokenizer: Tokenizer
+    es: eggroll.Strategy
     settings: Settings  # of the engine, for training; evaluation is greedy
     train: Prompts
     test: Prompts
+    lessons: Examples | None  # of the warm start
     pool: Pool
     key: jax.Array  # of all sampling
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | Path, tensorboard: bool = False) -> dict[str, Any]:
     """Runs or resumes a config in a folder; returns what `result.json` holds."""
+    build.require(config, "task", "warm_start")
+    build.check(config)
     task = tasks.make(config.task.name, **config.task.options.to_dict())
     with Pool(task.verify, workers=config.reward.workers, deadline=config.reward.deadline) as pool:
+        setup, params = set_up(
+            config, task, pool
+        )  # all that can be wrong with a config, before the folder remembers it
         run = Run(
             workdir, config, total_steps=config.steps, save_every=config.save_every, unit="tokens",
             show=("eval_solved", "eval_reward", "train_reward", "fitness_std"), logs=("samples.jsonl",),
             tensorboard=tensorboard,
         )  # fmt: skip
         with run:
-            model, params, tokenizer = language_model(config, task)
-            params = warm_start(run, config, task, model, params, tokenizer)
-            return loop(run, set_up(config, task, model, tokenizer, pool), params)
+            return loop(run, setup, warm_start(run, setup, params))
 
 
 def loop(run: Run, setup: Setup, params: Params) -> dict[str, Any]:
     """Steps until the run is complete."""
-    config = setup.config
-    es = build.strategy(config, setup.model.rules)
+    config, es = setup.config, setup.es
     draw, update = jax.jit(es.draw), jax.jit(es.update, donate_argnums=0)
     state = es.init(params, jax.random.fold_in(jax.random.key(config.seed), 1))
-    run.say(plan(setup, es, state))
+    run.say(plan(setup, state))
     before = evaluate(setup, state.params)
     run.say(f"before training, {len(setup.test)} held-out problems: {describe(before)}")
     state = run.restore(state)
@@ -172,76 +179,114 @@ def sample(step, problems: Prompts, asked, texts, rollouts: Rollouts, scored: Sc
 # -- before and after ------------------------------------------------------------------------------------------------
 
 
+def set_up(config: ml_collections.ConfigDict, task: tasks.Task, pool: Pool) -> tuple[Setup, Params]:
+    """Everything a run needs, and the parameters before the warm start; writes nothing.
+
+    Raises:
+        ConfigError: settings out of range, or that do not fit together, the task or the model.
+    """
+    build.choose("method", config.method, METHODS)
+    try:
+        model, params, tokenizer = language_model(config, task)
+        es = build.strategy(config, model.rules)
+        key = jax.random.key(config.seed)
+        jax.eval_shape(es.init, params, key)
+        one_prompt = np.zeros((1, config.samples))
+        build.choose("fitness", config.fitness, FITNESS)(config)(one_prompt, one_prompt == 0)
+        train = data.encode(task.problems("train", config.task.problems, config.seed), tokenizer)
+        test = data.encode(task.problems("test", config.eval_problems, 0), tokenizer)
+        learnt = lessons(config, task, tokenizer)
+        ends = tuple(token for token in dict.fromkeys((tokenizer.eos, tokenizer.bos)) if token is not None)
+        settings = Settings(
+            length=max(train.longest, test.longest) + config.budget, stop=ends,
+            sampling=Sampling(**config.sampling.to_dict()), **config.engine.to_dict(),
+        )  # fmt: skip
+    except (ValueError, ImportError) as error:
+        raise ConfigError(str(error)) from error
+    longest = max(settings.length, learnt[0].shape[1] if learnt else 0)
+    if isinstance(model.config, TransformerConfig) and longest > model.config.max_length:
+        raise ConfigError(
+            f"prompts and answers must fit the model's {model.config.max_length} tokens; the longest prompt with its budget "
+            f"has {settings.length}, the longest example of the warm start {longest}: lower config.budget, or choose shorter "
+            "problems"
+        )
+    return Setup(config, model, tokenizer, es, settings, train, test, learnt, pool, jax.random.fold_in(key, 3)), params
+
+
 def language_model(config: ml_collections.ConfigDict, task: tasks.Task) -> tuple[LanguageModel, Params, Tokenizer]:
     """The model of a config: from a checkpoint, or new with the task's alphabet.
 
     Raises:
-        ConfigError: neither a path nor an alphabet, a checkpoint without a tokenizer, or one that cannot be read.
+        ValueError: neither a path nor an alphabet, a checkpoint without a tokenizer, or one that cannot be read.
+        ImportError: a package to read it is not installed.
     """
     c = config.model
-    try:
-        if c.path:
-            model, params, tokenizer = load(c.path, dtype=c.dtype, scan_layers=c.scan_layers)
-            if tokenizer is None:
-                raise ConfigError(f"a checkpoint to train needs its tokenizer.json; {c.path} has none")
-            return model, params, tokenizer
-        if task.alphabet is None:
-            raise ConfigError(
-                f"task {task.name} is ordinary text: give a model that reads it, --config.model.path=DIRECTORY (a preset has "
-                "no tokenizer)"
-            )
-        tokenizer = Characters(task.alphabet)
-        model = make(preset(c.preset, vocab=tokenizer.size, dtype=c.dtype, scan_layers=c.scan_layers))
-    except (ValueError, ImportError) as error:
-        raise ConfigError(str(error)) from error
+    if c.path:
+        model, params, tokenizer = load(c.path, dtype=c.dtype, scan_layers=c.scan_layers)
+        if tokenizer is None:
+            raise ConfigError(f"a checkpoint to train needs its tokenizer.json; {c.path} has none")
+        return model, params, tokenizer
+    if task.alphabet is None:
+        raise ConfigError(
+            f"task {task.name} is ordinary text: give a model that reads it, --config.model.path=DIRECTORY (a preset has "
+            "no tokenizer)"
+        )
+    tokenizer = Characters(task.alphabet)
+    model = make(preset(c.preset, vocab=tokenizer.size, dtype=c.dtype, scan_layers=c.scan_layers))
     return model, model.init(jax.random.fold_in(jax.random.key(config.seed), 2)), tokenizer
 
 
-def warm_start(
-    run: Run, config: ml_collections.ConfigDict, task, model, params: Params, tokenizer: Tokenizer
-) -> Params:
-    """Supervised training on solved problems, once per workdir: later sessions load what it made."""
-    c, folder = config.warm_start, run.workdir / "warm_start"
-    if not c.steps:
+def lessons(config: ml_collections.ConfigDict, task: tasks.Task, tokenizer: Tokenizer) -> Examples | None:
+    """Solved problems for the warm start; None where there is none.
+
+    Raises:
+        ConfigError: a problem without a solution, or a tokenizer without an end token.
+    """
+    if not config.warm_start.steps:
+        return None
+    problems = task.problems("train", config.warm_start.examples, config.seed)
+    unsolved = sum(not problem.solution for problem in problems)
+    if unsolved or tokenizer.eos is None:
+        raise ConfigError(
+            f"a warm start needs solutions and an end token; task {task.name} has {unsolved} problems without solution, "
+            f"the tokenizer's end token is {tokenizer.eos}: set config.warm_start.steps=0"
+        )
+    pairs = [data.split_solution(tokenizer, problem.prompt, problem.solution) for problem in problems]
+    return supervised.examples(*zip(*pairs, strict=True), tokenizer.eos)
+
+
+def warm_start(run: Run, setup: Setup, params: Params) -> Params:
+    """Supervised training on solved problems, once per workdir: later sessions load what it made.
+
+    Raises:
+        RunError: it diverged, or what it made cannot be read.
+    """
+    c, folder = setup.config.warm_start, run.workdir / "warm_start"
+    if setup.lessons is None:
         return params
     if not folder.is_dir():
-        problems = task.problems("train", c.examples, config.seed)
-        unsolved = sum(not problem.solution for problem in problems)
-        if unsolved or tokenizer.eos is None:
-            raise ConfigError(
-                f"a warm start needs solutions and an end token; task {task.name} has {unsolved} problems without solution, "
-                f"the tokenizer's end token is {tokenizer.eos}: set config.warm_start.steps=0"
-            )
-        prompts = [tokenizer.encode(problem.prompt) for problem in problems]
-        solutions = [tokenizer.encode(problem.solution) for problem in problems]
         params = supervised.fit(
-            model, params, supervised.examples(prompts, solutions, tokenizer.eos), steps=c.steps, batch=c.batch,
-            learning_rate=c.learning_rate, seed=config.seed,
+            setup.model, params, setup.lessons, steps=c.steps, batch=c.batch, learning_rate=c.learning_rate,
+            seed=setup.config.seed,
             report=lambda step, loss: run.say(f"warm start: step {step}/{c.steps}, {loss:.3f} nats per token"),
         )  # fmt: skip
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
+            raise RunError(
+                "the warm start ended in parameters that are not finite: lower config.warm_start.learning_rate"
+            )
         unfinished = run.workdir / "warm_start.writing"
         shutil.rmtree(unfinished, ignore_errors=True)
-        save(unfinished, model, params, tokenizer)
+        save(unfinished, setup.model, params, setup.tokenizer)
         unfinished.rename(folder)
-    return load(folder, dtype=config.model.dtype, scan_layers=config.model.scan_layers)[1]
+    try:
+        return load(folder, dtype=setup.config.model.dtype, scan_layers=setup.config.model.scan_layers)[1]
+    except ValueError as error:
+        raise RunError(f"{error}. Delete {folder}, and the same command makes it anew") from error
 
 
-def set_up(config: ml_collections.ConfigDict, task: tasks.Task, model, tokenizer: Tokenizer, pool: Pool) -> Setup:
-    """Problems, and an engine that holds the longest of them with its answer."""
-    build.choose("fitness", config.fitness, FITNESS)
-    train = data.encode(task.problems("train", config.task.problems, config.seed), tokenizer)
-    test = data.encode(task.problems("test", config.eval_problems, 0), tokenizer)
-    ends = tuple(token for token in dict.fromkeys((tokenizer.eos, tokenizer.bos)) if token is not None)
-    settings = Settings(
-        length=max(train.longest, test.longest) + config.budget, stop=ends,
-        sampling=Sampling(**config.sampling.to_dict()), **config.engine.to_dict(),
-    )  # fmt: skip
-    key = jax.random.fold_in(jax.random.key(config.seed), 3)
-    return Setup(config, model, tokenizer, settings, train, test, pool, key)
-
-
-def plan(setup: Setup, es: eggroll.Strategy, state: eggroll.State) -> str:
+def plan(setup: Setup, state: eggroll.State) -> str:
     """What the run needs, before it takes it."""
+    es = setup.es
     size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
     c, mib, drawn = setup.config, 2**20, jax.eval_shape(es.draw, state)
     rows = es.population.size * c.prompts * c.samples
@@ -272,7 +317,7 @@ def finish(run: Run, setup: Setup, before: Scored, after: Scored) -> dict[str, A
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status."""
-    workdir, result = launch(train, argv, errors=(tasks.TaskError, PoolError))
+    workdir, result = launch(train, argv, errors=(TaskError, PoolError))
     print(
         f"{result['task']}, {result['method']}, seed {result['seed']}: {result['solved_before']:.1f} % -> "
         f"{result['solved_after']:.1f} % of {result['problems']} held-out problems solved (gain {result['solved_gain']:.1f} +- "

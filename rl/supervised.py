@@ -13,11 +13,17 @@ from rl.models.language import LanguageModel
 from rl.rollout.score import score_row
 from rl.types import pad
 
+Examples = tuple[np.ndarray, np.ndarray, np.ndarray]
 
-def examples(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], end: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(ids [N, L] i32 of prompt, completion and end token, lengths [N], prompt lengths [N])."""
+
+def examples(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], end: int) -> Examples:
+    """(ids [N, L] i32 of prompt, completion and end token, lengths [N], prompt lengths [N]).
+
+    Raises:
+        ValueError: no rows, an empty prompt, or lists of different lengths.
+    """
+    if not prompts or not all(prompts):
+        raise ValueError(f"every example needs a prompt of at least one token; {len(prompts)} examples")
     ids, length = pad([[*prompt, *completion, end] for prompt, completion in zip(prompts, completions, strict=True)])
     return ids, length, np.fromiter(map(len, prompts), np.int32, len(prompts))
 
@@ -41,7 +47,7 @@ def step(model: LanguageModel, optimizer: optax.GradientTransformation, params, 
 def fit(
     model: LanguageModel,
     params,
-    data: tuple[np.ndarray, np.ndarray, np.ndarray],
+    data: Examples,
     *,
     steps: int,
     batch: int,

@@ -82,6 +82,18 @@ def population_requests(
     return Requests(each(prompt), each(length), np.full(rows * count, budget, np.int32), uid.astype(np.uint32), member)
 
 
+def split_solution(tokenizer: Tokenizer, prompt: str, solution: str) -> tuple[list[int], list[int]]:
+    """Ids of a prompt and of the solution that continues it, without what a tokenizer puts in front of every text.
+
+    Encoded together; where a token spans the border it belongs to the solution.
+    """
+    alone, whole = tokenizer.encode(prompt), tokenizer.encode(prompt + solution)
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b), min(len(alone), len(whole))
+    )
+    return whole[:shared], whole[shared:]
+
+
 def completion_text(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int], stop: Sequence[int]) -> str:
     """The text that `tokens` add to a prompt, without the stop token at their end."""
     tokens = list(tokens)

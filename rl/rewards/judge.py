@@ -27,27 +27,31 @@ def mean_reward(value: np.ndarray, ok: np.ndarray) -> np.ndarray:
 
 
 def pass_at(k: int, value: np.ndarray, ok: np.ndarray) -> np.ndarray:
-    """Probability that one of k samples succeeds, [..., G] -> [...]; a success has value 1, an unjudged sample none.
+    """Probability that one of k samples succeeds, [..., G] -> [...]; a success has value 1.
 
-    Unbiased: 1 - C(G - c, k) / C(G, k) for c successes among G samples (Chen et al. 2021, arXiv 2107.03374).
+    Unbiased: 1 - C(n - c, k) / C(n, k) for c successes among the n samples that were judged (Chen et al. 2021, arXiv
+    2107.03374); NaN where n < k.
 
     Raises:
         ValueError: k beyond G.
     """
-    n = value.shape[-1]
-    if not 1 <= k <= n:
-        raise ValueError(f"pass@k needs 1 <= k <= samples per prompt; got k = {k} and {n} samples")
-    successes = ((value >= 1) & ok).sum(axis=-1)
+    samples = value.shape[-1]
+    if not 1 <= k <= samples:
+        raise ValueError(f"pass@k needs 1 <= k <= samples per prompt; got k = {k} and {samples} samples")
+    judged, successes = ok.sum(axis=-1), ((value >= 1) & ok).sum(axis=-1)
     # C(n - c, k) / C(n, k) = prod_{i < k} (n - c - i) / (n - i), which reaches 0 once n - c < k
-    miss = np.prod([np.maximum(n - successes - i, 0) / (n - i) for i in range(k)], axis=0)
-    return 1.0 - miss
+    factors = [np.maximum(judged - successes - i, 0) / np.maximum(judged - i, 1) for i in range(k)]
+    return np.where(judged >= k, 1.0 - np.prod(factors, axis=0), np.nan)
 
 
 def fill_unjudged(scores: np.ndarray) -> np.ndarray:
-    """[members, prompts]: a NaN (no sample judged) becomes the mean of the others on that prompt; NaN where there is none.
+    """[members, prompts]: a NaN (too few samples judged) becomes the mean of the others on that prompt.
 
-    Neutral: it moves no member for or against another because a verifier failed.
+    Neutral: it moves no member for or against another because a verifier failed. A prompt without any score gets the mean of
+    all, the same for every member. All are NaN where there is no score at all.
     """
     known = ~np.isnan(scores)
-    mean = np.where(known, scores, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
-    return np.where(known, scores, np.where(known.any(axis=0), mean, np.nan))
+    mean = lambda axis: np.where(known, scores, 0).sum(axis) / np.maximum(known.sum(axis), 1)
+    if not known.any():
+        return scores
+    return np.where(known, scores, np.where(known.any(axis=0), mean(0), mean(None)))
