@@ -136,7 +136,7 @@ class Run:
     def restore(self, state: Any) -> Any:
         """Continues from the newest usable checkpoint, or starts at step 0 with `state`.
 
-        Cuts `metrics.jsonl` and `timing.jsonl` back to that step. Call once, before the first `record`.
+        Cuts `metrics.jsonl`, `timing.jsonl` and the logs back to that step. Call once, before the first `record`.
 
         Args:
           state: the initial state; its structure, shapes and dtypes are what a checkpoint must have.
@@ -146,7 +146,7 @@ class Run:
 
         Raises:
           rl.checkpoint.CheckpointError: the checkpoint belongs to another kind of state.
-          RunError: `metrics.jsonl` is shorter than the checkpoint says.
+          RunError: `metrics.jsonl` or a log is shorter than the checkpoint says.
         """
         found = checkpoint.restore(self.workdir / "checkpoints", state)
         for line in found.skipped:
@@ -230,6 +230,8 @@ class Run:
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
         self._terminated = True
+        if not self._restored:  # nothing to save yet, and the way to the first step may be long
+            raise SystemExit(128 + signal.SIGTERM)
 
     def _save(self, state: Any) -> None:
         self._drain(0)

@@ -242,6 +242,61 @@ def test_bad_metrics_are_refused(tmp_path, metrics, message):
         small_run(tmp_path, metrics=metrics)
 
 
+def logged_run(workdir, stop=6, lines=1):
+    """`lines` lines of a log per step; save_every=2."""
+    with Run(workdir, {}, total_steps=6, save_every=2, logs=("samples.jsonl",)) as run:
+        state = run.restore({"x": jnp.zeros(2)})
+        while run.step < stop:
+            step = run.step + 1
+            run.log("samples.jsonl", ({"step": step, "text": "a\nb \u20ac", "row": row} for row in range(lines)))
+            if step == stop < 6:
+                return  # killed between the log and the step that it belongs to
+            run.record(state, {})
+
+
+def test_a_log_has_every_row_once_after_interruptions(tmp_path):
+    logged_run(tmp_path / "whole", lines=2)
+    whole = (tmp_path / "whole" / "samples.jsonl").read_bytes()
+    assert [(row["step"], row["row"]) for row in map(json.loads, whole.splitlines())] == [
+        (step, row) for step in range(1, 7) for row in range(2)
+    ]
+    assert json.loads(whole.splitlines()[0])["text"] == "a\nb \u20ac"
+    for stop in (1, 4, 4, 6):  # the last checkpoints: none, 2, 2
+        logged_run(tmp_path / "broken", stop, lines=2)
+        if stop == 4:
+            assert len((tmp_path / "broken" / "samples.jsonl").read_bytes().splitlines()) == 8
+    assert (tmp_path / "broken" / "samples.jsonl").read_bytes() == whole
+
+
+def test_a_shortened_log_is_refused(tmp_path):
+    logged_run(tmp_path, stop=5)
+    os.truncate(tmp_path / "samples.jsonl", 10)
+    with pytest.raises(RunError, match=r"step 4 needs \d+ bytes of .*samples.jsonl, which has 10"):
+        logged_run(tmp_path)
+
+
+def test_log_rows_are_strict_json(tmp_path):
+    with Run(tmp_path, {}, total_steps=1, save_every=1, logs=("a.jsonl", "b.jsonl")) as run:
+        run.restore({"x": jnp.zeros(2)})
+        run.log("a.jsonl", [{"reward": float("nan"), "text": "\ud800"}])
+        run.log("b.jsonl", [])
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            run.log("b.jsonl", [{"parts": {"deep": float("inf")}}])
+        with pytest.raises(KeyError):
+            run.log("c.jsonl", [{}])
+    assert (tmp_path / "a.jsonl").read_text() == '{"reward": "nan", "text": "\\ud800"}\n'
+    assert (tmp_path / "b.jsonl").read_bytes() == b""
+
+
+def test_sigterm_before_the_first_step_ends_at_once(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended, Run(tmp_path, {"seed": 0}, total_steps=6, save_every=2):
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("still running")
+    assert ended.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
+    assert small_run(tmp_path)[1].step == 6
+
+
 @pytest.mark.parametrize("name", ["total_steps", "save_every", "keep"])
 def test_numbers_below_one_are_refused(tmp_path, name):
     with pytest.raises(RunError, match=f"{name} must be at least 1, not 0"):
