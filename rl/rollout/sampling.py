@@ -11,13 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+_COLDEST = 1e-6  # far below it, dividing by the temperature leaves f32
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """What is sampled from: softmax(logits / temperature), cut to top_k, then top_p, then min_p, and renormalised.
 
     Attributes:
-        temperature: 0 takes the most probable token.
+        temperature: 0 takes the most probable token, the first of equals.
         top_k: only the k most probable tokens (ties with the k-th stay); 0: all.
         top_p: only the most probable tokens that together reach this probability; 1: all.
         min_p: only tokens at least this fraction as probable as the most probable one; 0: all.
@@ -29,10 +31,12 @@ class Sampling:
     min_p: float = 0.0
 
     def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be finite and at least 0 (greedy); got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be at least 0 (all tokens); got {self.top_k}")
+        if self.temperature != 0 and not _COLDEST <= self.temperature < float("inf"):
+            raise ValueError(
+                f"temperature must be 0 (greedy) or finite and at least {_COLDEST}; got {self.temperature}"
+            )
+        if not isinstance(self.top_k, int) or self.top_k < 0:
+            raise ValueError(f"top_k must be a whole number, at least 0 (all tokens); got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], where 1 keeps all tokens; got {self.top_p}")
         if not 0 <= self.min_p <= 1:
@@ -76,11 +80,12 @@ def sample(logits: Array, u: Array, sampling: Sampling) -> Sample:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         return Sample(token, jnp.zeros(token.shape, jnp.float32), _log_softmax_at(logits, token))
     plain = sampling.temperature == 1 and not sampling.truncates
-    scaled = logits if plain else cut(logits / sampling.temperature, sampling)
-    top = jnp.max(scaled, axis=-1, keepdims=True)
-    weights = jnp.exp(scaled - top)
+    # The largest becomes 0 before the division: after it, rounding could leave every weight 0 at low temperatures.
+    scaled = logits - jnp.max(logits, axis=-1, keepdims=True)
+    scaled = scaled if plain else cut(scaled / sampling.temperature, sampling)
+    weights = jnp.exp(scaled)
     token = invert(weights, u)
-    logp = (_at(scaled - top, token) - jnp.log(jnp.sum(weights, axis=-1))).astype(jnp.float32)
+    logp = (_at(scaled, token) - jnp.log(jnp.sum(weights, axis=-1))).astype(jnp.float32)
     return Sample(token, logp, logp if plain else _log_softmax_at(logits, token))
 
 
