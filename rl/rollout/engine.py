@@ -69,10 +69,14 @@ class Settings:
         return doubling(self.view, self.length) if self.view else (self.length,)
 
     @property
-    def rows(self) -> tuple[int, ...]:
-        """Numbers of rows that are admitted at once: powers of four, and all slots."""
-        small = [4**i for i in range(16) if 4**i < self.slots]
-        return (*small, self.slots)
+    def block(self) -> int:
+        """Rows admitted in one call, an eighth of the slots: also what has to end before slots are refilled."""
+        return max(1, self.slots // 8)
+
+    @property
+    def shared(self) -> tuple[int, ...]:
+        """Numbers of prefilled sequences for one block of rows: all different, or few that many rows share."""
+        return tuple(dict.fromkeys((max(1, self.block // 8), self.block)))
 
 
 def doubling(start: int, end: int) -> tuple[int, ...]:

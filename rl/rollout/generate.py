@@ -17,7 +17,6 @@ from rl.rollout import engine
 from rl.rollout.engine import Rows, Settings
 from rl.types import ABORTED, LENGTH, STOPPED, Requests, Rollouts
 
-_REFILL = 8  # slots are refilled when one in so many has ended
 _FEWEST = 8  # slots that a tail is compacted to
 
 
@@ -120,16 +119,13 @@ def warm_up(model: LanguageModel, settings: Settings, weights, *, stream=sys.std
     for view in settings.views:
         call = lambda view=view, state=state: engine.decode(model, settings, view, weights, state, key, jnp.int32(1))[0]
         state = timed(f"decode, cache {view}", call)
+    zeros = np.zeros(settings.block, np.int32)
+    rows = Rows(zeros + settings.slots, zeros, zeros, zeros, zeros, zeros.astype(np.uint32), zeros)
     for bucket in settings.buckets:
-        for r in settings.rows:
-            for b in settings.rows[: settings.rows.index(r) + 1]:
-                zeros = np.zeros(r, np.int32)
-                rows = Rows(zeros + settings.slots, zeros, zeros, zeros, zeros, zeros.astype(np.uint32), zeros)
-                ids, none = np.zeros((b, bucket), np.int32), np.zeros(b, np.int32)
-                call = lambda state=state, a=(ids, none, none - 1, rows): engine.admit(
-                    model, settings, weights, state, *a
-                )
-                state = timed(f"admit, {b} prompts of {bucket} into {r} slots", call)
+        for b in settings.shared:
+            ids, none = np.zeros((b, bucket), np.int32), np.zeros(b, np.int32)
+            call = lambda state=state, a=(ids, none, none - 1, rows): engine.admit(model, settings, weights, state, *a)
+            state = timed(f"admit, {b} prompts of {bucket}", call)
     return seconds
 
 
@@ -166,10 +162,11 @@ class _Loop:
         buckets = np.array(self.settings.buckets)
         fitting = buckets[np.searchsorted(buckets, counts)]
         for bucket in np.unique(fitting):
-            mine = fitting == bucket
-            self._admit_bucket(rows[mine], slots[mine], counts[mine], int(bucket))
+            mine = np.flatnonzero(fitting == bucket)
+            for some in np.split(mine, range(self.settings.block, len(mine), self.settings.block)):
+                self._admit_block(rows[some], slots[some], counts[some], int(bucket))
 
-    def _admit_bucket(self, rows: np.ndarray, slots: np.ndarray, counts: np.ndarray, bucket: int) -> None:
+    def _admit_block(self, rows: np.ndarray, slots: np.ndarray, counts: np.ndarray, bucket: int) -> None:
         ids = np.stack([self._sequence(row, bucket + 1) for row in rows])
         newest = ids[np.arange(len(rows)), counts]
         ids[np.arange(bucket + 1) >= counts[:, None]] = 0
@@ -178,7 +175,7 @@ class _Loop:
         whole = np.column_stack([ids[:, :bucket], counts, member])
         _, first, source = np.unique(whole, axis=0, return_index=True, return_inverse=True)
         limit = self.requests.prompt_length[rows] - 1 + self.requests.budget[rows]
-        r, b = self._rung(len(rows)), self._rung(len(first))
+        r, b = self.settings.block, next(b for b in self.settings.shared if b >= len(first))
         table = Rows(slots, source.reshape(-1), newest, position, limit, self.requests.uid[rows], member)
         fill = lambda x, n, value, dtype: np.concatenate([x, np.full((n - len(x), *x.shape[1:]), value)]).astype(dtype)
         padded = Rows(fill(slots, r, self.row.size, np.int32), *(fill(x, r, 0, _dtype(x)) for x in table[1:]))
@@ -194,9 +191,6 @@ class _Loop:
         out[:n], out[n : n + m] = self.requests.prompt[row, :n], self.rollouts.tokens[row, :m]
         return out
 
-    def _rung(self, n: int) -> int:
-        return next(r for r in self.settings.rows if r >= n)
-
     def decode(self) -> np.ndarray:
         """One chunk; returns the rows that ended in it."""
         if self.compacting and not self.waiting:
@@ -206,7 +200,7 @@ class _Loop:
         position = self.requests.prompt_length[rows] - 1 + self.rollouts.length[rows]
         furthest = min(int(position.max()) + self.settings.chunk, self.settings.length)
         view = next(v for v in self.settings.views if v >= furthest)
-        enough = max(1, self.row.size // _REFILL) if self.waiting else self.row.size + 1
+        enough = self.settings.block if self.waiting else self.row.size + 1
         self.state, chunk = engine.decode(
             self.model, self.settings, view, self.weights, self.state, self.key, np.int32(enough)
         )
