@@ -25,7 +25,8 @@ def _transformer() -> ml_collections.ConfigDict:
         es_changes={"members": 256, "sigma": 0.01},
         learning_rate=1e-3,
     )
-    config.warm_start.steps = 600
+    config.warm_start.update({"examples": 2048, "steps": 600})
+    config.engine.update({"slots": 1024, "chunk": 8, "bucket": 12})
     config.eval_problems = 2048
     return config
 

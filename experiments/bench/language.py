@@ -6,11 +6,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 
+import eggroll
 from experiments.bench.harness import Row, row, timed_in_turn
 from rl.models.language import LanguageModel
 from rl.models.presets import make, preset
+from rl.rollout.engine import Settings
+from rl.rollout.generate import generate
+from rl.rollout.sampling import Sampling, sample, uniforms
 from rl.rollout.score import score as blocked_score
+from rl.types import Requests
 
 
 def _score_settings() -> Iterator[tuple[dict[str, Any], LanguageModel, int, int]]:
@@ -69,4 +76,92 @@ def _program(scorer: Callable, gradient: bool, model: LanguageModel):
     return jax.jit(jax.grad(total, has_aux=True) if gradient else scores)
 
 
-CASES = {case.__name__: case for case in (score,)}
+# -- decode ----------------------------------------------------------------------------------------------------------
+
+PROMPT, COMPLETION = 64, 128
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def plain_decode(model: LanguageModel, params, prompts: jax.Array, key: jax.Array, room: int, steps: jax.Array):
+    """A batch without an engine: prefill, then `steps` tokens for every row. Returns tokens and log-probs [room, B]."""
+    batch, length = prompts.shape
+    caches = jax.vmap(lambda _: model.empty(length + room))(jnp.arange(batch))
+    _, caches = jax.vmap(lambda ids, cache: model.forward(params, ids, cache, 0, length - 1))(prompts, caches)
+    u = uniforms(key, jnp.arange(batch, dtype=jnp.uint32), length + jnp.arange(room)[:, None])
+
+    def one(token, cache, position):
+        hidden, cache = model.forward(params, token[None], cache, position, 1)
+        return model.head(params, hidden)[0], cache
+
+    def step(i, carry):
+        caches, token, out = carry
+        logits, caches = jax.vmap(one, (0, 0, None))(token, caches, length - 1 + i)
+        drawn = sample(logits, u[i], Sampling())
+        return caches, drawn.token, jax.tree.map(lambda old, new: old.at[i].set(new), out, (drawn.token, drawn.logp))
+
+    out = (jnp.zeros((room, batch), jnp.int32), jnp.zeros((room, batch), jnp.float32))
+    return jax.lax.fori_loop(0, steps, step, (caches, prompts[:, -1], out))[2]
+
+
+def long_tailed_lengths(count: int, median: float, longest: int, seed: int = 0) -> np.ndarray:
+    """exp(log median + 0.5 z_group + 0.6 z_sample), cut to 1 .. longest; groups of 8 (samples of one prompt)."""
+    rng = np.random.default_rng(seed)
+    group, each = np.repeat(rng.normal(size=-(-count // 8)), 8)[:count], rng.normal(size=count)
+    return np.clip(np.exp(np.log(median) + 0.5 * group + 0.6 * each), 1, longest).astype(np.int32)
+
+
+def decode(repeats: int) -> Iterator[Row]:
+    """The engine against a plain loop at equal lengths, against static batches on long-tailed ones, and under a population."""
+    model = make(preset("stories260K"))
+    params = model.init(jax.random.key(0))
+    yield from _equal_lengths(model, params, repeats)
+    for slots in (16, 32):
+        yield _long_tailed(model, params, slots, repeats)
+
+
+def _prompts(model: LanguageModel, rows: int, length: int) -> np.ndarray:
+    return np.random.default_rng(1).integers(1, model.config.vocab, (rows, length)).astype(np.int32)
+
+
+def _equal_lengths(model: LanguageModel, params, repeats: int) -> Iterator[Row]:
+    slots, key = 64, jax.random.key(2)
+    settings = Settings(slots=slots, length=PROMPT + COMPLETION, chunk=32, bucket=PROMPT)
+    prompts = _prompts(model, slots, PROMPT)
+    es = eggroll.strategy(optax.sgd(1.0), population=eggroll.crossed(slots), sigma=0.01, rules=model.rules)
+    drawn = jax.jit(es.draw)(es.init(params, jax.random.key(3)))
+    mean = Requests.make(prompts.tolist(), COMPLETION)
+    members = Requests.make(prompts.tolist(), COMPLETION, member=np.arange(slots))
+    fns = {
+        "plain": lambda: plain_decode(model, params, prompts, key, COMPLETION, jnp.int32(COMPLETION)),
+        "engine": lambda: generate(model, settings, params, mean, key).tokens,
+        "population": lambda: generate(model, settings, drawn, members, key).tokens,
+    }
+    seconds = timed_in_turn(fns, repeats)
+    rates = {name: round(slots * COMPLETION / s) for name, s in seconds.items()}
+    setting = {"model": "stories260K", "slots": slots, "prompt": PROMPT, "completion": COMPLETION, "lengths": "equal"}
+    compared = (("engine_over_plain", "plain", "engine"), ("population_over_engine", "engine", "population"))
+    for measure, base, other in compared:
+        more = {"design": "crossed", "members": slots, "rank": 1} if other == "population" else {}
+        pair = {name: seconds[name] for name in (base, other)}
+        yield row(setting | more, measure, pair[base] / pair[other], pair, repeats, tokens_per_second=rates)
+
+
+def _long_tailed(model: LanguageModel, params, slots: int, repeats: int) -> Row:
+    count, median, prompt, key = 256, 28, 16, jax.random.key(2)
+    prompts, lengths = _prompts(model, count, prompt), long_tailed_lengths(count, median, COMPLETION)
+    settings = Settings(slots=slots, length=prompt + COMPLETION, chunk=8, bucket=prompt)
+    requests = Requests.make(prompts.tolist(), lengths)
+    batches = [(prompts[i : i + slots], lengths[i : i + slots].max()) for i in range(0, count, slots)]
+    fns = {
+        "static": lambda: [plain_decode(model, params, p, key, COMPLETION, jnp.int32(n)) for p, n in batches],
+        "engine": lambda: generate(model, settings, params, requests, key).tokens,
+    }
+    seconds = timed_in_turn(fns, repeats)
+    setting = {"model": "stories260K", "slots": slots, "prompt": prompt, "requests": count, "lengths": "long-tailed"}
+    setting |= {"mean_length": round(float(lengths.mean()), 1), "longest": int(lengths.max())}
+    rates = {name: round(int(lengths.sum()) / s) for name, s in seconds.items()}
+    value = seconds["static"] / seconds["engine"]
+    return row(setting, "engine_over_static", value, seconds, repeats, tokens_per_second=rates)
+
+
+CASES = {case.__name__: case for case in (score, decode)}
