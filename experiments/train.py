@@ -63,7 +63,10 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, tensorboard: b
     """Runs or resumes a config in a folder; returns what `result.json` holds."""
     build.require(config, "task", "warm_start")
     build.check(config)
-    task = tasks.make(config.task.name, **config.task.options.to_dict())
+    try:
+        task = tasks.make(config.task.name, **config.task.options.to_dict())
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"config.task: {error}") from error
     with Pool(task.verify, workers=config.reward.workers, deadline=config.reward.deadline) as pool:
         setup, params = set_up(
             config, task, pool

@@ -1,0 +1,25 @@
+"""Config of a run that takes seconds; `config.model.path` is for the test to give."""
+
+import ml_collections
+
+from configs.language import language
+
+COUNTDOWN = {"numbers": (2, 2), "operands": (1, 20), "target": (1, 40), "operations": "+-"}
+TASKS = {
+    "": ("countdown", COUNTDOWN),
+    "mistyped": ("countdown", COUNTDOWN | {"nubmers": (2, 2)}),
+    "stories": ("stories", {"words": 1, "length": (3, 20)}),
+    "gsm8k": ("gsm8k", {"path": ""}),
+}
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    task, options = TASKS[variant]
+    config = language(
+        task, task_options=options, budget=4, steps=5, es_changes={"members": 8, "sigma": 0.05}, learning_rate=0.01
+    )
+    config.save_every, config.eval_every, config.eval_problems, config.log_samples = 2, 2, 12, 3
+    config.task.problems, config.prompts = 10, 4
+    config.warm_start.update({"examples": 10, "steps": 60, "batch": 8})
+    config.engine.update({"slots": 16, "chunk": 4, "bucket": 4, "view": 8})
+    return config.lock()
