@@ -34,10 +34,23 @@ class Requests:
     done: "Rollouts | None" = None
 
     def __post_init__(self):
-        n = len(self.prompt)
+        for name in ("prompt", "prompt_length", "budget", "uid", "member"):
+            x, dtype = getattr(self, name), np.uint32 if name == "uid" else np.int32
+            if not isinstance(x, np.ndarray) or x.dtype != dtype:
+                kind = f"an array of {x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__
+                raise ValueError(
+                    f"{name} must be a NumPy array of {dtype.__name__}; got {kind}: Requests.make converts"
+                )
+        if self.prompt.ndim != 2:
+            raise ValueError(f"prompt must be [rows, longest prompt]; got shape {self.prompt.shape}")
+        n, width = self.prompt.shape
         for name in ("prompt_length", "budget", "uid", "member"):
             if getattr(self, name).shape != (n,):
                 raise ValueError(f"{name} must have one entry per row, {n}; got shape {getattr(self, name).shape}")
+        if self.prompt_length.max(initial=0) > width:
+            raise ValueError(
+                f"prompt_length must be at most {width}, the columns of prompt; got {self.prompt_length.max()}"
+            )
         if self.done is not None and len(self.done) != n:
             raise ValueError(f"done must have one row per request, {n}; got {len(self.done)}")
 
@@ -53,12 +66,22 @@ class Requests:
         uid: np.ndarray | None = None,
         member: int | np.ndarray = -1,
     ) -> Self:
-        """Requests for token lists; uid counts the rows if None."""
+        """Requests for token lists; uid counts the rows if None.
+
+        Raises:
+            ValueError: tokens or columns that are not whole numbers of 32 bits, or not one per row.
+        """
         n = len(prompts)
         prompt, length = pad(prompts)
-        fill = lambda value, dtype: np.ascontiguousarray(np.broadcast_to(np.asarray(value, dtype), (n,)))
-        uid = np.arange(n) if uid is None else uid
-        return cls(prompt, length, fill(budget, np.int32), fill(uid, np.uint32), fill(member, np.int32))
+
+        def column(name, value, dtype):
+            value = _whole(name, value, dtype)
+            if value.shape not in ((), (n,)):
+                raise ValueError(f"{name} must be one number or one per row, {n}; got shape {value.shape}")
+            return np.array(np.broadcast_to(value, (n,)))
+
+        uid = column("uid", np.arange(n) if uid is None else uid, np.uint32)
+        return cls(prompt, length, column("budget", budget, np.int32), uid, column("member", member, np.int32))
 
     def take(self, rows: np.ndarray) -> Self:
         """Some rows, in the order given."""
@@ -138,8 +161,20 @@ def pad(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Token lists -> (i32 [N, longest] padded with 0, i32 [N] lengths)."""
     length = np.fromiter(map(len, rows), np.int32, len(rows))
     out = np.zeros((len(rows), max(1, int(length.max(initial=0)))), np.int32)
-    out[np.arange(out.shape[1]) < length[:, None]] = [token for row in rows for token in row]
+    out[np.arange(out.shape[1]) < length[:, None]] = _whole(
+        "tokens", [token for row in rows for token in row], np.int32
+    )
     return out, length
+
+
+def _whole(name: str, value, dtype) -> np.ndarray:
+    """The array in this integer type, unless that would change a number."""
+    wide, limits = np.asarray(value), np.iinfo(dtype)
+    if wide.size and wide.dtype.kind not in "iu":
+        raise ValueError(f"{name} must be whole numbers of {limits.bits} bits; got {wide.dtype} like {wide.flat[0]!r}")
+    if wide.size and not limits.min <= wide.min() <= wide.max() <= limits.max:
+        raise ValueError(f"{name} must be {limits.min} to {limits.max}; got {wide.min()} to {wide.max()}")
+    return wide.astype(dtype)
 
 
 def _take(table, rows: np.ndarray):

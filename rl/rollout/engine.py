@@ -50,6 +50,12 @@ class Settings:
     prefill_chunk: int = 512
 
     def __post_init__(self):
+        whole = lambda x: isinstance(x, int) and not isinstance(x, bool)
+        for name in ("slots", "length", "chunk", "bucket", "view", "prefill_chunk"):
+            if not whole(getattr(self, name)):
+                raise ValueError(f"{name} must be a whole number; got {getattr(self, name)!r}")
+        if not isinstance(self.stop, tuple) or not all(map(whole, self.stop)):
+            raise ValueError(f"stop must be a tuple of token ids; got {self.stop!r}")
         for name in ("slots", "chunk", "bucket", "prefill_chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")

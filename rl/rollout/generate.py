@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import eggroll
 from rl.models.language import LanguageModel
 from rl.rollout import engine
+from rl.rollout.check import check, check_members
 from rl.rollout.engine import Rows, Settings
 from rl.types import ABORTED, LENGTH, STOPPED, Requests, Rollouts
 
@@ -81,9 +81,9 @@ def generate(
 
     Raises:
         ValueError: an empty prompt, one that does not fit with its budget, ids beyond the vocabulary, members the weights do
-            not have; names the rows.
+            not have, `done` beyond its budget: names the rows. Orders about members or rows there are not.
     """
-    _check(model, settings, weights, requests)
+    check(model, settings, weights, requests)
     loop = _Loop(model, settings, weights, version, key, requests, compacting=between is None)
     while True:
         loop.refill()
@@ -92,8 +92,7 @@ def generate(
         ended = loop.decode()
         orders = between and between(loop.progress(ended))
         if orders:
-            if orders.submit is not None:
-                _check(model, settings, loop.weights if orders.weights is None else orders.weights, orders.submit)
+            loop.check(orders)
             loop.obey(orders)
             if orders.stop:
                 break
@@ -102,6 +101,8 @@ def generate(
 
 def warm_up(model: LanguageModel, settings: Settings, weights, *, stream=sys.stderr) -> dict[str, float]:
     """Compiles every static shape that `generate` can need, and prints which and how long each took.
+
+    Memory: as `generate` needs, the cache of all slots and of the half that a tail is compacted to.
 
     Returns:
         Seconds per shape.
@@ -116,9 +117,9 @@ def warm_up(model: LanguageModel, settings: Settings, weights, *, stream=sys.std
         print(f"compiled {name} in {seconds[name]:.1f} s", file=stream, flush=True)
         return out
 
+    decode = lambda view, state: engine.decode(model, settings, view, weights, state, key, jnp.int32(1))[0]
     for view in settings.views:
-        call = lambda view=view, state=state: engine.decode(model, settings, view, weights, state, key, jnp.int32(1))[0]
-        state = timed(f"decode, cache {view}", call)
+        state = timed(f"decode, cache {view}", lambda state=state, view=view: decode(view, state))
     zeros = np.zeros(settings.block, np.int32)
     rows = Rows(zeros + settings.slots, zeros, zeros, zeros, zeros, zeros.astype(np.uint32), zeros)
     for bucket in settings.buckets:
@@ -126,7 +127,25 @@ def warm_up(model: LanguageModel, settings: Settings, weights, *, stream=sys.std
             ids, none = np.zeros((b, bucket), np.int32), np.zeros(b, np.int32)
             call = lambda state=state, a=(ids, none, none - 1, rows): engine.admit(model, settings, weights, state, *a)
             state = timed(f"admit, {b} prompts of {bucket}", call)
+    state = timed("release", lambda state=state: engine.release(state, np.zeros(settings.slots, bool)))
+    sizes = _tail(settings.slots)
+    for i, size in enumerate(sizes):
+        if i:
+            state = engine.init(model, dataclasses.replace(settings, slots=size))
+            for view in settings.views:
+                state = timed(f"decode, cache {view}, {size} slots", lambda state=state, view=view: decode(view, state))
+        for fewer in sizes[i + 1 :]:
+            kept = np.arange(fewer, dtype=np.int32)
+            timed(f"compact, {size} to {fewer} slots", lambda state=state, kept=kept: engine.compact(state, kept))
     return seconds
+
+
+def _tail(slots: int) -> list[int]:
+    """Numbers of slots that a tail is compacted to: halves, down to `_FEWEST`."""
+    sizes = [slots]
+    while sizes[-1] // 2 >= _FEWEST:
+        sizes.append(sizes[-1] // 2)
+    return sizes
 
 
 class _Loop:
@@ -225,12 +244,22 @@ class _Loop:
 
     def _compact(self) -> None:
         """Halves the slots, as often as the running rows allow."""
-        size = self.row.size
-        while size // 2 >= max(_FEWEST, self.running.size):
-            size //= 2
+        size = min(size for size in _tail(self.row.size) if size >= self.running.size)
         if size < self.row.size:
             slots = np.argsort(self.row < 0, kind="stable")[:size]
             self.state, self.row = engine.compact(self.state, slots.astype(np.int32)), self.row[slots]
+
+    def check(self, orders: Orders) -> None:
+        """Orders that name members or rows there are not."""
+        weights, n = self.weights if orders.weights is None else orders.weights, len(self.requests)
+        going = np.array([*self.running, *self.waiting], np.int64)
+        check_members(weights, self.requests.member[going], going)
+        if orders.submit is not None:
+            check(self.model, self.settings, weights, orders.submit)
+            n += len(orders.submit)
+        abort = np.asarray(orders.abort)
+        if abort.size and (abort.dtype.kind not in "iu" or abort.min() < 0 or abort.max() >= n):
+            raise ValueError(f"rows to abort are whole numbers, 0 to {n - 1}; got {abort.tolist()}")
 
     def obey(self, orders: Orders) -> None:
         if orders.weights is not None:
@@ -264,8 +293,8 @@ def _begun(requests: Requests) -> Rollouts:
             target, source = getattr(out, name), getattr(before, name)
             target[np.nonzero(there)] = source[there]
         out.length[:] = before.length
-        out.finish[:] = np.where(before.length >= requests.budget, np.maximum(before.finish, 0), before.finish)
-        out.finish[(before.length >= requests.budget) & (before.finish == ABORTED)] = LENGTH
+        spent = np.where(before.length < requests.budget, ABORTED, LENGTH)  # the budget may have grown since
+        out.finish[:] = np.where(before.finish == STOPPED, STOPPED, spent)
     return out
 
 
@@ -290,29 +319,3 @@ def _joined(a, b):
 
 def _dtype(x: np.ndarray):
     return np.uint32 if x.dtype == np.uint32 else np.int32
-
-
-def _check(model: LanguageModel, settings: Settings, weights, requests: Requests) -> None:
-    vocab, n = model.config.vocab, len(requests)
-    ids = np.where(np.arange(requests.prompt.shape[1]) < requests.prompt_length[:, None], requests.prompt, 0)
-    members = weights.population.size if isinstance(weights, eggroll.Drawn) else 0
-    room = settings.length - requests.prompt_length
-    rules = (
-        (requests.prompt_length < 1, "a prompt has at least one token; empty prompts"),
-        (requests.budget < 1, "a budget is at least one token; smaller ones"),
-        (
-            requests.budget > room,
-            f"prompt and budget must fit the {settings.length} tokens of a slot (raise `length` or lower the budget); too long",
-        ),
-        ((ids < 0).any(1) | (ids >= vocab).any(1), f"ids must be 0 to {vocab - 1}, the model's vocabulary; others"),
-        (
-            requests.member >= members,
-            f"the weights have {members} members (plain parameters have none: member -1); members beyond that",
-        ),
-    )
-    for broken, rule in rules:
-        if broken.any():
-            raise ValueError(f"{rule} in rows {np.flatnonzero(broken)[:8].tolist()} ({broken.sum()} of {n})")
-    outside = [stop for stop in settings.stop if not 0 <= stop < vocab]
-    if outside:
-        raise ValueError(f"stop tokens must be ids 0 to {vocab - 1} of the model's vocabulary; got {outside}")
