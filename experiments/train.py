@@ -65,8 +65,10 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, tensorboard: b
     build.check(config)
     try:
         task = tasks.make(config.task.name, **config.task.options.to_dict())
+    except TaskError:
+        raise
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"config.task: {error}") from error
+        raise ConfigError(f"config.task.options do not fit task {config.task.name}: {error}") from error
     with Pool(task.verify, workers=config.reward.workers, deadline=config.reward.deadline) as pool:
         setup, params = set_up(
             config, task, pool
@@ -144,9 +146,10 @@ def evaluate(setup: Setup, params: Params) -> Scored:
 
 
 def summary(scored: Scored) -> dict[str, float]:
-    """Mean reward, share solved (reward 1) and every part's mean."""
+    """Mean reward, share solved (reward 1), share without a verdict (which counts as reward 0) and every part's mean."""
     parts = {name: float(np.nanmean(part)) for name, part in scored.parts.items()}
-    return {"reward": float(scored.value.mean()), "solved": float((scored.value >= 1).mean())} | parts
+    shares = {"solved": float((scored.value >= 1).mean()), "unjudged": float((~scored.ok).mean())}
+    return {"reward": float(scored.value.mean())} | shares | parts
 
 
 def describe(scored: Scored) -> str:
@@ -307,7 +310,7 @@ def finish(run: Run, setup: Setup, before: Scored, after: Scored) -> dict[str, A
     """The result, with the paired difference on the same problems and its 95 % interval."""
     solved = [100.0 * (scored.value >= 1) for scored in (before, after)]
     gained = {"solved": solved, "reward": [before.value, after.value]}
-    details = {}
+    details = {f"unjudged_{when}": int((~s.ok).sum()) for when, s in (("before", before), ("after", after))}
     for name, (old, new) in gained.items():
         half = 1.96 * float(np.std(new - old)) / len(old) ** 0.5
         details |= {f"{name}_before": float(old.mean()), f"{name}_after": float(new.mean())}

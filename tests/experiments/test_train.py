@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,6 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -24,7 +24,6 @@ from rl.models import presets
 from rl.models.load import load, save
 from rl.models.tokenizer import Characters
 from rl.models.transformer import TransformerConfig
-from rl.rewards.pool import Pool
 from rl.rollout.engine import Settings
 from rl.run import Run, RunError
 from rl.tasks import countdown
@@ -128,16 +127,43 @@ def test_every_logged_verdict_is_what_the_verifier_says_of_the_completion(whole)
     assert len({line["completion"] for line in samples}) > 10  # the members differ
 
 
+@functools.cache
+def logits(model):
+    return jax.jit(lambda params, ids, n: model.head(params, model.forward(params, ids, None, 0, n)[0]))
+
+
 def greedy(model, params, tokenizer, prompt, budget):
     """By whole forward passes, one token at a time."""
     ids = tokenizer.encode(prompt)
-    forward = jax.jit(lambda params, ids, n: model.head(params, model.forward(params, ids, None, 0, n)[0]))
     for _ in range(budget):
-        padded = jnp.zeros(32, jnp.int32).at[: len(ids)].set(jnp.array(ids))
-        ids.append(int(forward(params, padded, len(ids))[len(ids) - 1].argmax()))
+        padded = np.pad(np.array(ids, np.int32), (0, 32 - len(ids)))
+        ids.append(int(logits(model)(params, padded, len(ids))[len(ids) - 1].argmax()))
         if ids[-1] == tokenizer.eos:
             break
     return tokenizer.decode(ids).removeprefix(prompt)
+
+
+def test_a_step_by_its_parts(whole, tmp_path):
+    """The last step: members' completions from their materialised weights, and the update from the logged rewards."""
+    workdir, config, _ = whole
+    model, first, tokenizer = load(workdir / "warm_start")
+    es = build.strategy(config, model.rules)
+    like = es.init(first, jax.random.key(0))
+    shutil.copytree(workdir / "checkpoints" / "0000000004", tmp_path / "0000000004")
+    before, after = (checkpoint.restore(folder, like) for folder in (tmp_path, workdir / "checkpoints"))
+    assert (before.step, after.step) == (4, 5)
+    lines = [line for line in rows(workdir / "samples.jsonl") if line["step"] == 5]
+    for line in (lines[0], lines[13], lines[31]):
+        params = jax.jit(es.member_params)(before.state, line["member"])
+        assert greedy(model, params, tokenizer, line["prompt"], 4) == line["completion"]
+    fitness = np.float32([line["reward"] for line in lines]).reshape(8, 4)
+    again, _ = jax.jit(es.update)(before.state, fitness)
+    for a, b in zip(*(jax.tree.leaves((s.params, s.opt_state)) for s in (again, after.state)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    moved = [
+        np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (before.state.params, again.params)), strict=True)
+    ]
+    assert min(moved) > 1e-4
 
 
 def test_before_and_after_by_an_independent_evaluation(whole):
@@ -390,7 +416,7 @@ def test_every_fault_costs_its_samples_and_the_run_goes_on(start, tmp_path, monk
     )
     with within(90):
         result = train.train(config, tmp_path)
-    assert result["problems"] == 12
+    assert (result["problems"], result["unjudged_before"], result["unjudged_after"]) == (12, 1, 1)
     metrics, samples = rows(tmp_path / "metrics.jsonl"), rows(tmp_path / "samples.jsonl")
     for line in samples:
         answer = answers[line["problem"]]
@@ -403,6 +429,7 @@ def test_every_fault_costs_its_samples_and_the_run_goes_on(start, tmp_path, monk
         for status in ("timeout", "error", "unscorable"):
             assert row[f"reward_{status}"] == statuses.count(status) > 0
         assert row["finite_members"] == 8
+        assert row["train_unjudged"] == np.mean([status != "ok" for status in statuses])
         # Prompts that were judged for nobody say nothing, and a lost sample takes the mean of its prompt.
         scores = np.array([line["reward"] if line["status"] == "ok" else np.nan for line in lines]).reshape(8, 10)
         silent = np.isnan(scores).all(axis=0)
@@ -446,7 +473,7 @@ def refused(start, workdir, *overrides, variant="", capfd):
 
 MISTAKES = {
     "task.name=countdwn": "unknown task 'countdwn'. Did you mean countdown?",
-    "task.options.operands=(5,)": "config.task: not enough values to unpack",
+    "task.options.operands=(5,)": "config.task.options do not fit task countdown: not enough values to unpack",
     "method=grpo": "unknown method 'grpo'; known: eggroll, openes",
     "fitness=median": "unknown fitness 'median'; known: mean, pass_at",
     "fitness=pass_at k=3 samples=2": "needs 1 <= k <= samples per prompt; got k = 3 and 2 samples",
@@ -504,7 +531,7 @@ def test_tokenizers_that_do_not_fit(start, tmp_path, capfd):
     characters = lambda alphabet: json.dumps({"alphabet": alphabet}).encode()  # noqa: E731
     for name, alphabet, message in (
         ("none", None, "a checkpoint to train needs its tokenizer.json"),
-        ("larger", characters(ALPHABET + "abc"), "22 ids for 19 entries: it belongs to another model"),
+        ("larger", characters(ALPHABET + "abc"), "23 ids for 20 entries: it belongs to another model"),
         ("other", characters("0123456789:="), "the text must be written in the alphabet '0123456789:='; it has [' ']"),
         ("broken", b"{", "characters.json is not JSON"),
     ):
@@ -591,7 +618,7 @@ def test_a_preset_with_the_alphabet_of_the_task(start, tmp_path, monkeypatch):
 @pytest.mark.skipif(not (STORIES / "model.safetensors").is_file(), reason=f"no stories260K in {STORIES.parent}")
 def test_a_checkpoint_with_its_own_tokenizer(tmp_path):
     pytest.importorskip("tokenizers", reason="reads tokenizer.json")
-    config = config_of(STORIES, *FAST, "budget=6", "eval_problems=4", "prompts=2", variant="stories")
+    config = config_of(STORIES, *FAST, "budget=6", "eval_problems=4", "prompts=2", "es.sigma=1e-4", variant="stories")
     train.train(config, tmp_path)
     for line in rows(tmp_path / "samples.jsonl"):
         assert line["prompt"].startswith("Once upon a time, there was a little ") and line["completion"].startswith(" ")
