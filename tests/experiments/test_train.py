@@ -183,6 +183,7 @@ def test_before_and_after_by_an_independent_evaluation(whole):
     assert value[0].max() > 0 and (value[0] != value[1]).any()
     assert [result["reward_before"], result["reward_after"]] == pytest.approx(value.mean(axis=1), abs=1e-12)
     gain = value[1] - value[0]
+    assert abs(gain.std() - value[1].std()) > 1e-3
     assert result["reward_gain"] == pytest.approx(gain.mean(), abs=1e-12)
     assert result["reward_gain_interval"] == pytest.approx(1.96 * gain.std() / 12**0.5, abs=1e-12)
     solved = 100 * (value >= 1).mean(axis=1)
@@ -359,19 +360,19 @@ class CountingPool:
 
 def test_equal_answers_to_a_problem_are_judged_once():
     pool = CountingPool()
-    tokens = np.array([[1, 2, 0], [1, 2, 0], [1, 2, 0], [1, 2, 1], [1, 9, 9], [1, 2, 9]], np.int32)
-    length = np.array([3, 3, 3, 3, 1, 2])  # what follows is padding
-    finish = np.array([STOPPED, STOPPED, STOPPED, LENGTH, LENGTH, LENGTH], np.int8)
+    tokens = np.array([[1, 2, 0], [1, 2, 0], [1, 2, 0], [1, 2, 1], [1, 9, 9], [1, 2, 9], [1, 8, 8]], np.int32)
+    length = np.array([3, 3, 3, 3, 1, 2, 1])  # what follows is padding
+    finish = np.array([STOPPED] * 3 + [LENGTH] * 4, np.int8)
     zeros = np.zeros(tokens.shape, np.float32)
-    rollouts = Rollouts(tokens, length, zeros, zeros, zeros.astype(np.int32), finish, np.arange(6, dtype=np.int32))
-    asked = np.array([0, 1, 0, 1, 1, 0])
+    rollouts = Rollouts(tokens, length, zeros, zeros, zeros.astype(np.int32), finish, np.arange(7, dtype=np.int32))
+    asked = np.array([0, 1, 0, 1, 1, 0, 1])
     problem = [Problem("x", "a", 7), Problem("y", "b", 8)]
     settings = Settings(slots=1, length=4, stop=(0,))
     setup = train.Setup(None, None, Characters("ab"), None, settings, None, None, None, pool, None)
     texts, scored = train.verdicts(setup, Prompts(problem, [[1], [2]]), asked, rollouts)
-    assert texts == ["ab", "ab", "ab", "aba", "a", "ab"]
-    assert scored.parts["answer"].tolist() == [7, 8, 7, 8, 8, 7] and scored.value.tolist() == [2, 2, 2, 3, 1, 2]
-    # Rows 0 and 2 are equal; row 5 ends by its budget, so its tokens differ.
+    assert texts == ["ab", "ab", "ab", "aba", "a", "ab", "a"]
+    assert scored.parts["answer"].tolist() == [7, 8, 7, 8, 8, 7, 8] and scored.value.tolist() == [2, 2, 2, 3, 1, 2, 1]
+    # Rows 0 and 2 are equal, rows 4 and 6 too; row 5 ends by its budget, so its tokens differ.
     assert sorted(pool.asked) == [("a", 8), ("ab", 7), ("ab", 7), ("ab", 8), ("aba", 8)]
 
 
@@ -574,7 +575,7 @@ def test_mistakes_on_the_command_line(start, whole, tmp_path, capfd):
     assert ended.value.code == 2 and "this script needs a config with the keys" in capfd.readouterr().err
     with pytest.raises(SystemExit) as ended:
         train.main(["train", f"--config={ROOT / CONFIG}", "--help"])
-    assert ended.value.code == 0 and "warm_start.steps = 60" in capfd.readouterr().out
+    assert ended.value.code == 0 and "warm_start.steps = 100" in capfd.readouterr().out
 
 
 # -- other kinds of run ----------------------------------------------------------------------------------------------
@@ -599,10 +600,17 @@ def test_full_rank_noise_pass_at_k_and_randomness_of_each_member(start, tmp_path
 
 
 def test_members_share_randomness_and_differ_by_their_weights_alone(start, tmp_path):
-    overrides = ["samples=2", "sampling.temperature=1.0", "log_samples=1000", "es.sigma=1e-9"]
-    train.train(config_of(start, *FAST, *overrides), tmp_path)
-    answers = np.array([line["completion"] for line in rows(tmp_path / "samples.jsonl")]).reshape(8, 8)
-    assert (answers == answers[0]).all() and len(set(answers[0])) > 4
+    alike = ["sampling.temperature=1.0", "es.sigma=1e-9", "optimizer.learning_rate=1e-30"]
+    one = ["task.problems=1", "prompts=1", "samples=8", "steps=2", "warm_start.steps=0", "log_samples=1000"]
+    result = train.train(config_of(start, *alike, *one), tmp_path)
+    answers = np.array([line["completion"] for line in rows(tmp_path / "samples.jsonl")]).reshape(2, 8, 8)
+    assert (answers == answers[:, :1]).all() and len(set(answers[0, 0])) > 4
+    assert (answers[0, 0] != answers[1, 0]).sum() > 4  # the same weights and problem in another step
+    model, params, tokenizer = load(start)
+    rewards = [
+        countdown.verify(greedy(model, params, tokenizer, p.prompt, 4), p.answer).value for p in problems("test", 12)
+    ]
+    assert result["reward_before"] == pytest.approx(np.mean(rewards)) == result["reward_after"]  # evaluation is greedy
 
 
 def test_a_preset_with_the_alphabet_of_the_task(start, tmp_path, monkeypatch):

@@ -16,10 +16,10 @@ TASKS = {
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     task, options = TASKS[variant]
     config = language(
-        task, task_options=options, budget=4, steps=5, es_changes={"members": 8, "sigma": 0.05}, learning_rate=0.01
+        task, task_options=options, budget=4, steps=5, es_changes={"members": 8, "sigma": 0.05}, learning_rate=0.03
     )
     config.save_every, config.eval_every, config.eval_problems, config.log_samples = 2, 2, 12, 3
     config.task.problems, config.prompts = 10, 4
-    config.warm_start.update({"examples": 10, "steps": 60, "batch": 8})
+    config.warm_start.update({"examples": 10, "steps": 100, "batch": 8, "learning_rate": 0.01})
     config.engine.update({"slots": 16, "chunk": 4, "bucket": 4, "view": 8})
     return config.lock()

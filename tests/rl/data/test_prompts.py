@@ -92,6 +92,20 @@ def test_completion_of_characters_without_its_stop_token():
     assert completion_text(tokenizer, [1], [2, 3], stop=(0, 3)) == "b"
 
 
+class Words:
+    """Ids of words with the space before them; decoding loses the first one's, as sentencepiece does."""
+
+    words = (" a", " b", " c")
+
+    def decode(self, ids):
+        return "".join(self.words[i] for i in ids).removeprefix(" ")
+
+
+def test_completion_keeps_the_space_that_its_own_decoding_loses():
+    assert Words().decode([1, 2]) == "b c"
+    assert completion_text(Words(), [0], [1, 2], stop=()) == " b c"
+
+
 @pytest.fixture(scope="module")
 def stories():
     pytest.importorskip("tokenizers", reason="reads tokenizer.json")
