@@ -517,9 +517,8 @@ def test_members_differ_on_one_prompt_with_one_uid_and_the_mean_is_the_mean():
 
 
 def test_nothing_is_traced_after_warm_up():
-    es, state, model, _ = population("crossed", 1)
-    settings = Settings(slots=17, length=12, stop=(3,), chunk=2, bucket=6, view=6)
-    weights = jax.jit(es.draw)(state)
+    model, weights, _ = shallow()
+    settings = Settings(slots=16, length=12, stop=(3,), chunk=2, bucket=12, view=6)
     stream = io.StringIO()
     seconds = warm_up(model, settings, weights, stream=stream)
     printed = stream.getvalue().splitlines()
@@ -531,7 +530,7 @@ def test_nothing_is_traced_after_warm_up():
     for n in (1, 2, 5, 40):
         prompts = [rng.integers(0, VOCAB, rng.integers(1, 12)).tolist() for _ in range(n)]
         budget = [int(rng.integers(1, 13 - len(prompt))) for prompt in prompts]
-        asked = Requests.make(prompts, np.array(budget), member=rng.integers(-1, 4, n))
+        asked = Requests.make(prompts, np.array(budget))
         generate(model, settings, weights, asked, KEY, version=n)
 
         def between(progress):
@@ -541,3 +540,127 @@ def test_nothing_is_traced_after_warm_up():
 
         generate(model, settings, weights, asked, KEY, between=between)
     assert engine.TRACES - before == {}
+
+
+def test_another_generation_is_not_traced_again():
+    es, state, model, settings = population("crossed", 1)
+    draw, asked = (
+        jax.jit(es.draw),
+        dataclasses.replace(requests(), member=np.resize(np.arange(-1, 4, dtype=np.int32), 8)),
+    )
+    first = generate(model, settings, draw(state), asked, KEY)
+    before = engine.TRACES.copy()
+    state = dataclasses.replace(state, generation=state.generation + 1)
+    second = generate(model, settings, draw(state), asked, KEY)
+    assert engine.TRACES - before == {}
+    mean = asked.member < 0
+    same(second.take(mean), first, mean)
+    assert (np.abs(second.logp - first.logp)[~mean, 0] > 1e-4).all()
+
+
+# -- mistakes --------------------------------------------------------------------------------------------------------
+
+
+def column(**values):
+    return lambda asked: dataclasses.replace(
+        asked, **{k: np.array(v, np.uint32 if k == "uid" else np.int32) for k, v in values.items()}
+    )
+
+
+def with_done(**values):
+    return lambda asked: dataclasses.replace(asked, done=dataclasses.replace(_done(), **values))
+
+
+def _done():
+    done = whole().take([0, 5, 6])
+    return dataclasses.replace(done, finish=np.zeros(3, np.int8), length=np.array([2, 0, 1], np.int32))
+
+
+MISTAKES = {
+    "empty prompt": (
+        column(prompt_length=[9, 0, 8]),
+        r"a prompt has at least one token; got \[0\] in rows \[1\] \(1 of 3\)",
+    ),
+    "negative length": (column(prompt_length=[9, 5, -4]), r"at least one token; got \[-4\] in rows \[2\]"),
+    "no budget": (
+        column(budget=[0, 4, -3]),
+        r"a budget is at least one token; got \[0, -3\] in rows \[0, 2\] \(2 of 3\)",
+    ),
+    "too long": (
+        column(budget=[24, 27, 24]),
+        r"must fit `length`, 32 tokens: raise it or lower the budget; got \[33\] in rows \[0\] \(1 of 3\)",
+    ),
+    "huge budget": (column(budget=[2**31 - 1] * 3), r"got \[2147483656, 2147483652, 2147483655\] in rows \[0, 1, 2\]"),
+    "id beyond": (
+        column(prompt=[[1] * 9, [1, 2, VOCAB, 4, 99, 0, 0, 0, 0], [-7] * 9]),
+        rf"ids must be 0 to {VOCAB - 1}, the model's vocabulary; got \[{VOCAB}, -7\] in rows \[1, 2\]",
+    ),
+    "member of plain weights": (
+        column(member=[-1, 0, 5]),
+        r"plain parameters have no members but -1; got \[0, 5\] in rows \[1, 2\]",
+    ),
+    "member below": (column(member=[-2, -1, -1]), r"no members but -1; got \[-2\] in rows \[0\]"),
+    "done beyond the budget": (
+        lambda asked: with_done()(column(budget=[1, 1, 1])(asked)),
+        r"a budget counts the tokens in `done`: raise it; got \[2\] in rows \[0\]",
+    ),
+    "done with an id beyond": (
+        with_done(tokens=np.full((3, 31), VOCAB, np.int32)),
+        rf"ids must be 0 to {VOCAB - 1}, the model's vocabulary; got \[{VOCAB}, {VOCAB}\] in rows \[0, 2\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_in_requests_name_the_rows_and_both_values(name):
+    model, params, settings = shallow()
+    change, words = MISTAKES[name]
+    asked = change(requests().take([0, 5, 6]))
+    with pytest.raises(ValueError, match=words):
+        generate(model, settings, params, asked, KEY)
+    # the same for rows that are submitted later
+    with pytest.raises(ValueError, match=words):
+        generate(model, settings, params, requests(), KEY, between=lambda progress: Orders(submit=asked))
+
+
+def test_ids_in_padding_are_no_mistake():
+    model, params, settings = shallow()
+    asked = requests()
+    padding = np.arange(asked.prompt.shape[1]) >= asked.prompt_length[:, None]
+    same(generate(model, settings, params, column(prompt=np.where(padding, -100, asked.prompt))(asked), KEY), whole())
+
+
+def test_members_that_the_weights_do_not_have():
+    es, state, model, settings = population("crossed", 1)
+    drawn = jax.jit(es.draw)(state)
+    asked = requests().take([0, 5, 6])
+    with pytest.raises(
+        ValueError, match=r"members must be -1 to 3 of these weights; got \[4\] in rows \[1\] \(1 of 3\)"
+    ):
+        generate(model, settings, drawn, column(member=[3, 4, -1])(asked), KEY)
+    # weights are swapped for ones that lack the members of rows in slots and waiting
+    asked = column(member=[2, -1, 1])(asked)
+    settings = dataclasses.replace(settings, slots=2)
+    with pytest.raises(ValueError, match=r"plain parameters have no members but -1; got \[2, 1\] in rows \[0, 2\]"):
+        generate(model, settings, drawn, asked, KEY, between=lambda progress: Orders(weights=state.params))
+    with pytest.raises(ValueError, match=r"members must be -1 to 3 of these weights; got \[7\] in rows \[0\]"):
+        submit = lambda progress: Orders(weights=drawn, submit=Requests.make([[1]], 2, member=7))
+        generate(model, settings, state.params, Requests.make([[1]], 9), KEY, between=submit)
+
+
+@pytest.mark.parametrize(
+    ("abort", "got"),
+    [([8], r"\[8\]"), ([-1, 2], r"\[-1, 2\]"), (np.ones(8, bool), "True"), ([1.5], r"\[1.5\]")],
+    ids=["beyond", "negative", "mask", "fraction"],
+)
+def test_aborting_rows_that_do_not_exist(abort, got):
+    model, params, settings = shallow()
+    with pytest.raises(ValueError, match=f"rows to abort are whole numbers, 0 to 7; got .*{got}"):
+        generate(model, settings, params, requests(), KEY, between=lambda progress: Orders(abort=abort))
+
+
+@pytest.mark.parametrize("stop", [(VOCAB,), (3, -1)])
+def test_stop_tokens_outside_the_vocabulary(stop):
+    model, params, settings = shallow()
+    with pytest.raises(ValueError, match=rf"stop tokens must be ids 0 to {VOCAB - 1} .*; got \[{stop[-1]}\]"):
+        generate(model, dataclasses.replace(settings, stop=stop), params, requests(), KEY)
