@@ -21,5 +21,5 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.save_every, config.eval_every, config.eval_problems, config.log_samples = 2, 2, 12, 3
     config.task.problems, config.prompts = 10, 4
     config.warm_start.update({"examples": 10, "steps": 100, "batch": 8, "learning_rate": 0.01})
-    config.engine.update({"slots": 16, "chunk": 4, "bucket": 16, "view": 0})
+    config.engine.update({"slots": 8, "chunk": 4, "bucket": 16, "view": 0})
     return config.lock()
