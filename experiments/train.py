@@ -70,9 +70,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, tensorboard: b
     except (TypeError, ValueError) as error:
         raise ConfigError(f"config.task.options do not fit task {config.task.name}: {error}") from error
     with Pool(task.verify, workers=config.reward.workers, deadline=config.reward.deadline) as pool:
-        setup, params = set_up(
-            config, task, pool
-        )  # all that can be wrong with a config, before the folder remembers it
+        # All that can be wrong with a config comes before `run`, whose folder remembers it.
+        setup, params = set_up(config, task, pool)
         run = Run(
             workdir, config, total_steps=config.steps, save_every=config.save_every, unit="tokens",
             show=("eval_solved", "eval_reward", "train_reward", "fitness_std"), logs=("samples.jsonl",),
