@@ -446,12 +446,13 @@ def test_compacting_the_tail_changes_nothing(monkeypatch):
 
     monkeypatch.setattr(engine, "decode", watched)
     settings = dataclasses.replace(settings, slots=16, **ONE_SIZE)
-    got = generate(model, settings, params, requests(), KEY)
-    assert sizes[-1] == 8
+    order = [2, 3] * 4 + [0, 1, 4, 5, 6, 7, 0, 1]  # what goes on is in the upper half
+    got = generate(model, settings, params, requests().take(order), KEY)
+    assert sizes[0] == 16 and sizes[-1] == 8
     sizes.clear()
-    same(got, generate(model, settings, params, requests(), KEY, between=lambda progress: None))
+    same(got, generate(model, settings, params, requests().take(order), KEY, between=lambda progress: None))
     assert set(sizes) == {16}
-    same(got, whole())
+    same(got, whole(), order)
 
 
 # -- populations -----------------------------------------------------------------------------------------------------
