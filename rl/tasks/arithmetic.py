@@ -1,6 +1,6 @@
 """Arithmetic chains: "7+3*4-5=" is to be continued by its value, with or without the steps on the way.
 
-A completion with steps does one operation at a time, "7+12-5=19-5=14".
+A completion with steps does one operation at a time, "7+12-5=19-5=14"; a ":" may stand in front of it.
 """
 
 import random
@@ -13,13 +13,14 @@ from rl.tasks.types import Problem, Task, TaskError, Verdict
 
 OPERATIONS = "+-*"
 _MAX_SEGMENTS = 16
+_WORKING = ":"  # in front of steps
 
 
 def make(
     length: tuple[int, int] = (2, 4),
     operands: tuple[int, int] = (1, 9),
     operations: str = "+-",
-    steps: bool = True,
+    steps: float = 1.0,
     steps_weight: float = 0.0,
 ) -> Task:
     """Builds the task.
@@ -28,7 +29,8 @@ def make(
       length: fewest and most operations in a chain, within 1 to 12.
       operands: smallest and largest number, within 0 to 999.
       operations: some of "+-*", with the usual precedence.
-      steps: whether solutions show the steps.
+      steps: share of the solutions that show the steps, in [0, 1]; the others are the value alone. Where both kinds occur,
+        those with steps begin with ":", so that a model can choose to work the value out.
       steps_weight: how much of the value of a wrong answer the part `steps` makes, in [0, 1):
         `value = 1 if exact else steps_weight * parts["steps"]`.
 
@@ -45,15 +47,20 @@ def make(
         raise TaskError(f"operations must be some of {OPERATIONS!r}, not {operations!r}")
     if not 0 <= steps_weight < 1:
         raise TaskError(f"steps_weight must be in [0, 1), where 1 is what an exact answer is worth, not {steps_weight}")
+    if not 0 <= steps <= 1:
+        raise TaskError(f"steps must be a share in [0, 1], not {steps}")
 
     def draw(rng: random.Random) -> tuple[str, Problem] | None:
         count = _draw.between(rng, *length)
         numbers = [_draw.between(rng, *operands) for _ in range(count + 1)]
         signs = [_draw.choice(rng, operations) for _ in range(count)]
+        shown = steps == 1 or (steps > 0 and rng.random() < steps)
         lines = _steps(numbers, signs)
         if max(map(len, "=".join(lines).split("="))) > MAX_CHARACTERS or abs(int(lines[-1])) >= 10**9:
             return None
-        text, solution = lines[0], "=".join(lines[1:]) if steps else lines[-1]
+        text, solution = lines[0], "=".join(lines[1:]) if shown else lines[-1]
+        if shown and steps < 1:
+            solution = _WORKING + solution
         answer = {"value": int(lines[-1]), "steps_weight": float(steps_weight)}
         return text, Problem(text, f"{text}=", answer, solution)
 
@@ -61,7 +68,7 @@ def make(
         "arithmetic",
         lambda split, count, seed: _draw.generate("arithmetic", draw, split, count, seed),
         f"{__name__}:verify",
-        "0123456789+-*=",
+        f"0123456789+-*={_WORKING}",
     )
 
 
@@ -77,7 +84,7 @@ def verify(completion: str, answer: dict[str, Any]) -> Verdict:
       many of the segments have the right value, in [0, 1]).
     """
     parts = {"format": 0.0, "exact": 0.0, "steps": 0.0}
-    segments = completion.split("=", _MAX_SEGMENTS)
+    segments = completion.removeprefix(_WORKING).split("=", _MAX_SEGMENTS)
     if len(segments) <= _MAX_SEGMENTS:
         values = [_value(segment) for segment in segments]
         right = [value == answer["value"] for value in values]

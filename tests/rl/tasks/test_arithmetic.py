@@ -40,12 +40,24 @@ def test_without_steps_the_solution_is_the_value():
         assert problem.solution == str(problem.answer["value"])
 
 
+def test_a_share_of_the_solutions_works_the_value_out_and_says_so():
+    problems = tasks.make("arithmetic", steps=0.3, length=(3, 3)).problems("train", 1000, 0)
+    shown = [p for p in problems if p.solution.startswith(":")]
+    assert 0.25 < len(shown) / len(problems) < 0.35  # 0.3 +- 3.5 standard deviations
+    assert all(p.solution.count("=") == 2 for p in shown)
+    assert all(p.solution == str(p.answer["value"]) for p in problems if p not in shown)
+    assert all(verify(p.solution, p.answer).parts == {"format": 1, "exact": 1, "steps": 1} for p in problems)
+
+
 @pytest.mark.parametrize(
     ("completion", "form", "exact", "steps"),
     [
         ("14", 1, 1, 1),
         (" 14\n", 1, 1, 1),
         ("7+12-5=19-5=14", 1, 1, 1),
+        (":19-5=14", 1, 1, 1),
+        ("::19-5=14", 1, 1, 1 / 2),
+        ("19-5=:14", 0, 0, 1 / 2),
         ("7+12-5=18-5=14", 1, 1, 2 / 3),
         ("7+12-5=19-5=13", 1, 0, 2 / 3),
         ("19-5", 0, 0, 1),
@@ -88,6 +100,7 @@ def test_the_problems_of_a_seed_stay_the_same():
         ({"operands": (1, 1000)}, "operands must be"),
         ({"operations": "+/"}, "operations must be"),
         ({"steps_weight": 1.0}, "steps_weight must be"),
+        ({"steps": 1.5}, "steps must be a share"),
     ],
 )
 def test_options_out_of_range(options, message):
