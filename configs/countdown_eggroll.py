@@ -21,11 +21,12 @@ def _transformer() -> ml_collections.ConfigDict:
         "countdown",
         task_options={"numbers": (3, 3), "operands": (1, 30), "target": (1, 99), "operations": "+-*"},
         budget=12,
-        steps=120,
-        es_changes={"members": 256, "sigma": 0.01},
-        learning_rate=1e-3,
+        steps=60,
+        es_changes={"members": 256, "sigma": 0.004},
+        learning_rate=2e-4,
     )
-    config.warm_start.update({"examples": 2048, "steps": 600})
+    config.task.problems = 16384
+    config.warm_start.update({"examples": 8192, "steps": 500})
     config.engine.update({"slots": 1024, "chunk": 8, "bucket": 12})
     config.eval_problems = 2048
     return config

@@ -8,6 +8,7 @@
 * `prompts` per step, which every member answers `samples` times in at most `budget` tokens;
 * `sampling`: see `rl.rollout.sampling.Sampling`; temperature 0 is greedy. Evaluation is greedy;
 * `common_random_numbers`: members share the randomness of each (prompt, sample);
+* `score`: what the result is, the share of held-out problems "solved" (reward 1) or their mean "reward";
 * `fitness`: "mean" reward, or "pass_at" `k` of the samples;
 * `engine`: `slots` and `chunk`, `bucket`, `view` of `rl.rollout.engine.Settings`;
 * `reward`: `workers` and seconds until the `deadline` of one verdict;
@@ -49,6 +50,7 @@ def language(
             "budget": budget,
             "sampling": {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
             "common_random_numbers": True,
+            "score": "solved",
             "fitness": "mean",
             "k": 1,
             "engine": {"slots": 1024, "chunk": 8, "bucket": 16, "view": 128},

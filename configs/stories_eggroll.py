@@ -27,11 +27,12 @@ def _eggroll() -> ml_collections.ConfigDict:
         "stories",
         task_options={"words": 2, "length": (10, 40)},
         budget=64,
-        steps=60,
-        es_changes={"members": 64, "sigma": 0.02},
-        learning_rate=2e-3,
+        steps=40,
+        es_changes={"members": 64, "sigma": 0.01},
+        learning_rate=1e-3,
     )
     config.model.path = os.path.join(os.environ.get("EGGROLL_DATA", "../shared/data"), "stories260K")
+    config.score = "reward"
     config.prompts = 16
     config.task.problems = 2048
     config.eval_every = 10

@@ -26,8 +26,8 @@ DEFAULT = tuple(
     for env in ("cartpole", "pendulum")
     for variant in ("", ":eggroll_independent", ":eggroll_rank4", ":openes", ":ppo")
 )
-_METRICS = ("eval_return", "test_accuracy")  # of the mean parameters; a run has one of them
-_UNITS = ("env_steps", "examples")
+_METRICS = ("eval_return", "test_accuracy", "eval_reward")  # of the mean parameters; a run has one of them
+_UNITS = ("env_steps", "examples", "tokens")
 
 
 class Finished(NamedTuple):
@@ -47,7 +47,8 @@ def run(workdir: Path, config: str, seed: int) -> plot.RunData:
     path, _, variant = config.partition(":")
     folder = workdir / "_".join(filter(None, (Path(path).stem, variant, str(seed))))
     if not (folder / "result.json").is_file():
-        script = "control" if Path(path).stem.startswith("control") else "pretrain"
+        keys = config_lib.load(config)
+        script = "control" if "env" in keys else "train" if "warm_start" in keys else "pretrain"
         flags = [f"--config={config}", f"--workdir={folder}", f"--config.seed={seed}"]
         print(f"{script} {' '.join(flags)}", file=sys.stderr, flush=True)
         subprocess.run([sys.executable, "-m", f"experiments.{script}", *flags], check=True, stdout=sys.stderr)
@@ -62,6 +63,8 @@ def name(settings: dict[str, Any]) -> str:
     title = known[settings["method"]]
     if settings["method"] == "eggroll":
         title += f", {settings['es.population']}, rank {settings['es.rank']}"
+    if "model.preset" in settings:
+        title += f", {Path(settings['model.path']).name or settings['model.preset']}"
     return title
 
 
@@ -81,7 +84,7 @@ def panels(group: Sequence[Finished]) -> list[tuple[list[plot.Curve], str, str, 
     """The variants of one config file, against work and against seconds."""
     first = group[0].runs[0]
     metric, unit = (next(n for n in names if n in first.columns) for names in (_METRICS, _UNITS))
-    title = str(first.config.get("env", first.config.get("task")))
+    title = str(next(first.config[key] for key in ("env", "task", "task.name") if key in first.config))
     return [
         ([plot.make_curve(f.runs, name(f.runs[0].config), x, metric) for f in group], x, metric, title)
         for x in (unit, "seconds")

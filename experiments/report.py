@@ -22,7 +22,7 @@ _HEADERS = {
 def methods() -> list[str]:
     """One row per recipe: the median and every seed's score, and the median time."""
     groups: dict[str, list[dict]] = {}
-    for file in ("compare", "recipes"):
+    for file in ("compare", "recipes", "language"):
         for row in json.loads((RESULTS / f"{file}.json").read_text()):
             groups.setdefault(row["config"], []).append(row)
     lines = []
@@ -31,8 +31,9 @@ def methods() -> list[str]:
         each = ", ".join(f"{score:.4g}" for score in scores)
         seconds = statistics.median(row["seconds"] for row in rows)
         task = first.get("env", first.get("task"))
+        before = f"{statistics.median(row['before'] for row in rows):.4g} -> " if "before" in first else ""
         lines.append(
-            f"| {first['name']} | `{_FILES[first['method']]}` | `{config}` | {task}: {first['measure']} "
+            f"| {first['name']} | `{_FILES[first['method']]}` | `{config}` | {task}: {first['measure']} {before}"
             f"**{statistics.median(scores):.4g}** ({each}) | {seconds:.0f} s |"
         )
     return lines

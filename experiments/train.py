@@ -41,6 +41,7 @@ from rl.tasks.types import STATUSES, TaskError
 from rl.types import FINISHES, Rollouts, Scored
 
 METHODS = {"eggroll": "low-rank noise", "openes": "full-rank noise"}
+SCORES = {"solved": "held-out problems solved in %", "reward": "mean reward on held-out problems"}
 FITNESS = {"mean": lambda c: mean_reward, "pass_at": lambda c: functools.partial(pass_at, c.k)}
 
 
@@ -197,6 +198,7 @@ def set_up(config: ml_collections.ConfigDict, task: tasks.Task, pool: Pool) -> t
         key = jax.random.key(config.seed)
         jax.eval_shape(es.init, params, key)
         one_prompt = np.zeros((1, config.samples))
+        build.choose("score", config.score, SCORES)
         build.choose("fitness", config.fitness, FITNESS)(config)(one_prompt, one_prompt == 0)
         train = data.encode(task.problems("train", config.task.problems, config.seed), tokenizer)
         test = data.encode(task.problems("test", config.eval_problems, 0), tokenizer)
@@ -314,9 +316,10 @@ def finish(run: Run, setup: Setup, before: Scored, after: Scored) -> dict[str, A
         half = 1.96 * float(np.std(new - old)) / len(old) ** 0.5
         details |= {f"{name}_before": float(old.mean()), f"{name}_after": float(new.mean())}
         details |= {f"{name}_gain": float((new - old).mean()), f"{name}_gain_interval": half}
+    score = setup.config.score
     return run.finish(
-        "held-out problems solved in %", details["solved_after"], task=setup.config.task.name, method=setup.config.method,
-        problems=len(solved[0]), **details,
+        SCORES[score], details[f"{score}_after"], before=details[f"{score}_before"], task=setup.config.task.name,
+        method=setup.config.method, problems=len(solved[0]), **details,
     )  # fmt: skip
 
 
