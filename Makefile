@@ -4,10 +4,13 @@ VENV ?= .venv
 WORKDIR ?= runs/quickstart
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test fast lint reference clean
+.PHONY: quickstart language test fast lint reference clean
 
 quickstart: $(VENV)/.installed-quickstart  ## learn CartPole-v1 from nothing, draw plot.png
 	$(BIN)/python -m experiments.control --config=configs/control_cartpole.py --workdir=$(WORKDIR)
+
+language: $(VENV)/.installed-language  ## a language model learns arithmetic within a token budget, without backprop
+	$(BIN)/python -m experiments.train --config=configs/arithmetic_eggroll.py --workdir=runs/arithmetic
 
 test: $(VENV)/.installed-dev  ## the whole suite
 	$(BIN)/python -m pytest -n 2 --import-mode=importlib $(ARGS)
@@ -29,6 +32,7 @@ $(BIN)/python:
 
 # A stamp younger than the two files below says that the environment fits them.
 $(VENV)/.installed-quickstart: EXTRAS = control,plot
+$(VENV)/.installed-language: EXTRAS = language,plot
 $(VENV)/.installed-dev: EXTRAS = dev
 $(VENV)/.installed-reference: EXTRAS = reference
 $(VENV)/.installed-%: setup.cfg pyproject.toml | $(BIN)/python

@@ -4,7 +4,7 @@
 `exponential` (multiplied by `decay` after every step) or `cosine` (to zero at the last step).
 
 `es`: `population` (crossed, antithetic, independent) of `members`, in `blocks` if crossed; `rank`; patterns of parameters
-that get `full`-rank noise (a matrix must not be smaller than the rank); `noise` (gaussian, rademacher); `sigma`, multiplied
+that get `full`-rank noise (a matrix must not be smaller than the rank) or stay `frozen`; `noise` (gaussian, rademacher); `sigma`, multiplied
 by `sigma_decay` after every generation; fitness `shaping` (zscore, centred_rank, pair_sign); `chunk` members at a time
 (0: all).
 
@@ -53,6 +53,7 @@ def es(**changes: Any) -> ml_collections.ConfigDict:
         "blocks": 1,
         "rank": 1,
         "full": (),
+        "frozen": (),
         "noise": "gaussian",
         "sigma": 0.1,
         "sigma_decay": 1.0,

@@ -10,7 +10,7 @@
 * `common_random_numbers`: members share the randomness of each (prompt, sample);
 * `score`: what the result is, the share of held-out problems "solved" (reward 1) or their mean "reward";
 * `fitness`: "mean" reward, or "pass_at" `k` of the samples;
-* `engine`: `slots` and `chunk`, `bucket`, `view` of `rl.rollout.engine.Settings`;
+* `engine`: `slots`, `chunk`, `bucket`, `view`, `tail` of `rl.rollout.engine.Settings`;
 * `reward`: `workers` and seconds until the `deadline` of one verdict;
 * `log_samples`: completions written to `samples.jsonl` every step;
 * `es`, `optimizer`: as in `configs/base.py`.
@@ -53,7 +53,7 @@ def language(
             "score": "solved",
             "fitness": "mean",
             "k": 1,
-            "engine": {"slots": 1024, "chunk": 8, "bucket": 16, "view": 128},
+            "engine": {"slots": 1024, "chunk": 8, "bucket": 16, "view": 128, "tail": 0},
             "reward": {"workers": 1, "deadline": 5.0},
             "es": es(**es_changes),
             "optimizer": optimizer(learning_rate=learning_rate),

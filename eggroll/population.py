@@ -97,7 +97,7 @@ def crossed(members: int, blocks: int = 1, rows: int | None = None) -> Populatio
     Raises:
         ValueError: N is not blocks * P * Q with P, Q >= 2.
     """
-    if blocks < 1 or members % blocks:
+    if blocks < 1 or members < blocks or members % blocks:
         raise ValueError(f"N must divide into the blocks: {members} members in {blocks} blocks")
     per_block = members // blocks
     if rows is None:

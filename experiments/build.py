@@ -93,6 +93,7 @@ def strategy(config: ml_collections.ConfigDict, rules: tuple[tuple[str, str], ..
       ConfigError: an unknown name, or settings that do not fit together.
     """
     c = config.es
+    rules = (("", "full"),) if config.method == "openes" else (*((pattern, "full") for pattern in c.full), *rules)
     try:
         return eggroll.strategy(
             optimizer(config),

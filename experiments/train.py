@@ -90,7 +90,7 @@ def loop(run: Run, setup: Setup, params: Params) -> dict[str, Any]:
     run.say(plan(setup, state))
     before = evaluate(setup, state.params)
     run.say(f"before training, {len(setup.test)} held-out problems: {describe(before)}")
-    state = run.restore(state)
+    state, after = run.restore(state), None
     while run.step < run.total_steps:
         step = run.step + 1
         problems = setup.train.take(data.rows(config.seed, run.step, config.prompts, len(setup.train)))
@@ -103,11 +103,12 @@ def loop(run: Run, setup: Setup, params: Params) -> dict[str, Any]:
         state, metrics = update(state, fitness(config, es.population.size, scored))
         metrics |= measures(rollouts, scored)
         if step % config.eval_every == 0 or step == run.total_steps:
-            metrics |= {f"eval_{name}": value for name, value in summary(evaluate(setup, state.params)).items()}
+            after = evaluate(setup, state.params)
+            metrics |= {f"eval_{name}": value for name, value in summary(after).items()}
         shown = range(min(config.log_samples, len(texts)))
         run.log("samples.jsonl", (sample(step, problems, asked, texts, rollouts, scored, row) for row in shown))
         run.record(state, metrics, work=int(rollouts.length.sum()))
-    return finish(run, setup, before, evaluate(setup, state.params))
+    return finish(run, setup, before, evaluate(setup, state.params) if after is None else after)
 
 
 # -- the parts of a step ---------------------------------------------------------------------------------------------

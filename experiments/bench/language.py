@@ -149,7 +149,7 @@ def _equal_lengths(model: LanguageModel, params, repeats: int) -> Iterator[Row]:
 def _long_tailed(model: LanguageModel, params, slots: int, repeats: int) -> Row:
     count, median, prompt, key = 256, 28, 16, jax.random.key(2)
     prompts, lengths = _prompts(model, count, prompt), long_tailed_lengths(count, median, COMPLETION)
-    settings = Settings(slots=slots, length=prompt + COMPLETION, chunk=8, bucket=prompt)
+    settings = Settings(slots=slots, length=prompt + COMPLETION, chunk=8, bucket=prompt, tail=4)
     requests = Requests.make(prompts.tolist(), lengths)
     batches = [(prompts[i : i + slots], lengths[i : i + slots].max()) for i in range(0, count, slots)]
     fns = {

@@ -37,6 +37,8 @@ class Settings:
         chunk: k, most decode steps between two looks of the host.
         bucket: shortest prefill length; prompts are padded to it, to its double, and so on up to T.
         view: shortest cache length that a decode step reads; it doubles as sequences grow. 0: always T.
+        tail: the last running rows are moved into half as many slots, again and again, down to this many; every number of
+            slots is a program more to compile, which pays for long tails alone. 0: never.
         prefill_chunk: most tokens of a prompt in one forward pass; bounds prefill memory, which grows with its square.
     """
 
@@ -47,11 +49,12 @@ class Settings:
     chunk: int = 16
     bucket: int = 16
     view: int = 128
+    tail: int = 0
     prefill_chunk: int = 512
 
     def __post_init__(self):
         whole = lambda x: isinstance(x, int) and not isinstance(x, bool)
-        for name in ("slots", "length", "chunk", "bucket", "view", "prefill_chunk"):
+        for name in ("slots", "length", "chunk", "bucket", "view", "tail", "prefill_chunk"):
             if not whole(getattr(self, name)):
                 raise ValueError(f"{name} must be a whole number; got {getattr(self, name)!r}")
         if not isinstance(self.stop, tuple) or not all(map(whole, self.stop)):
@@ -61,8 +64,9 @@ class Settings:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.length < 2:
             raise ValueError(f"length must hold a prompt and a completion, at least 2 tokens; got {self.length}")
-        if self.view < 0:
-            raise ValueError(f"view must be at least 1, or 0 for the whole cache; got {self.view}")
+        for name, nothing in (("view", "the whole cache"), ("tail", "no compaction")):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 1, or 0 for {nothing}; got {getattr(self, name)}")
 
     @property
     def buckets(self) -> tuple[int, ...]:
@@ -73,6 +77,14 @@ class Settings:
     def views(self) -> tuple[int, ...]:
         """Cache lengths that decode steps read."""
         return doubling(self.view, self.length) if self.view else (self.length,)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of slots, falling: S and what a tail is compacted to."""
+        sizes = [self.slots]
+        while 0 < self.tail <= sizes[-1] // 2:
+            sizes.append(sizes[-1] // 2)
+        return tuple(sizes)
 
     @property
     def block(self) -> int:

@@ -5,7 +5,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,6 @@ from rl.rollout import engine
 from rl.rollout.check import check, check_members
 from rl.rollout.engine import Rows, Settings
 from rl.types import ABORTED, LENGTH, STOPPED, Requests, Rollouts
-
-_FEWEST = 8  # slots that a tail is compacted to
 
 
 class Progress(NamedTuple):
@@ -74,7 +72,7 @@ def generate(
         weights: parameters, or a population's (`eggroll.Strategy.draw`).
         key: of the run; with it, `uid` and the weights, a row's completion is determined, whatever else runs.
         version: recorded for every token.
-        between: called after every chunk; may swap weights, abort, submit and stop.
+        between: called after every chunk (once where there are no requests); may swap weights, abort, submit and stop.
 
     Returns:
         `Rollouts`, one row per request, in their order, then those submitted later.
@@ -87,28 +85,29 @@ def generate(
     loop = _Loop(model, settings, weights, version, key, requests, compacting=between is None)
     while True:
         loop.refill()
-        if not loop.running.size:
-            break
-        ended = loop.decode()
+        ended = loop.decode() if loop.running.size else np.zeros(0, np.int64)
         orders = between and between(loop.progress(ended))
         if orders:
             loop.check(orders)
             loop.obey(orders)
             if orders.stop:
                 break
+        if not (loop.running.size or loop.waiting):
+            break
     return loop.rollouts
 
 
-def warm_up(model: LanguageModel, settings: Settings, weights, *, stream=sys.stderr) -> dict[str, float]:
+def warm_up(model: LanguageModel, settings: Settings, weights, *, stream: TextIO | None = None) -> dict[str, float]:
     """Compiles every static shape that `generate` can need, and prints which and how long each took.
 
-    Memory: as `generate` needs, the cache of all slots and of the half that a tail is compacted to.
+    Args:
+        stream: where the list goes; standard error if None.
 
     Returns:
         Seconds per shape.
     """
     state, key = engine.init(model, settings), jax.random.key(0)
-    seconds = {}
+    seconds, stream = {}, stream or sys.stderr
 
     def timed(name, call):
         start = time.perf_counter()
@@ -128,7 +127,7 @@ def warm_up(model: LanguageModel, settings: Settings, weights, *, stream=sys.std
             call = lambda state=state, a=(ids, none, none - 1, rows): engine.admit(model, settings, weights, state, *a)
             state = timed(f"admit, {b} prompts of {bucket}", call)
     state = timed("release", lambda state=state: engine.release(state, np.zeros(settings.slots, bool)))
-    sizes = _tail(settings.slots)
+    sizes = settings.sizes
     for i, size in enumerate(sizes):
         if i:
             state = engine.init(model, dataclasses.replace(settings, slots=size))
@@ -138,14 +137,6 @@ def warm_up(model: LanguageModel, settings: Settings, weights, *, stream=sys.std
             kept = np.arange(fewer, dtype=np.int32)
             timed(f"compact, {size} to {fewer} slots", lambda state=state, kept=kept: engine.compact(state, kept))
     return seconds
-
-
-def _tail(slots: int) -> list[int]:
-    """Numbers of slots that a tail is compacted to: halves, down to `_FEWEST`."""
-    sizes = [slots]
-    while sizes[-1] // 2 >= _FEWEST:
-        sizes.append(sizes[-1] // 2)
-    return sizes
 
 
 class _Loop:
@@ -244,7 +235,7 @@ class _Loop:
 
     def _compact(self) -> None:
         """Halves the slots, as often as the running rows allow."""
-        size = min(size for size in _tail(self.row.size) if size >= self.running.size)
+        size = min(size for size in self.settings.sizes if self.running.size <= size <= self.row.size)
         if size < self.row.size:
             slots = np.argsort(self.row < 0, kind="stable")[:size]
             self.state, self.row = engine.compact(self.state, slots.astype(np.int32)), self.row[slots]

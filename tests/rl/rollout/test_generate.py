@@ -235,19 +235,18 @@ def test_equal_prompts_share_one_prefill(monkeypatch):
         return admit(model, settings, weights, state, ids, count, member, rows)
 
     monkeypatch.setattr(engine, "admit", counted)
-    still = lambda progress: None  # no compaction
     prompts = [[1, 2, 4, 5]] * 7 + [[1, 2, 4, 6]]
     wide = dataclasses.replace(settings, slots=32, **ONE_SIZE)  # admitted four at a time
     es, state = population("crossed", 1)[:2]
     drawn = jax.jit(es.draw)(state)
-    got = generate(model, wide, drawn, Requests.make(prompts, 10), KEY, between=still)
+    got = generate(model, wide, drawn, Requests.make(prompts, 10), KEY)
     # the last prompt differs in its newest token alone, which is not part of the prefill
     assert seen == [(1, 1, 4)] * 2
-    same(generate(model, wide, drawn, Requests.make(prompts[-1:], 10, uid=[7]), KEY, between=still), got, [7])
+    same(generate(model, wide, drawn, Requests.make(prompts[-1:], 10, uid=[7]), KEY), got, [7])
     assert len({tuple(row) for row in got.tokens[:7].tolist()}) > 3
     seen.clear()
     asked = Requests.make(prompts, 10, member=[0, 0, 0, 0, 1, 2, -1, -1])
-    shared = generate(model, wide, drawn, asked, KEY, between=still)
+    shared = generate(model, wide, drawn, asked, KEY)
     assert seen == [(1, 1, 4), (4, 3, 4)]
     same(generate(model, population("crossed", 1)[3], drawn, asked, KEY), shared)
 
@@ -436,7 +435,7 @@ def test_progress_says_what_ended_runs_and_waits():
 
 
 def test_compacting_the_tail_changes_nothing(monkeypatch):
-    """16 slots with one long row: without `between`, the slots are halved."""
+    """16 slots with one long row: with a tail, and without `between`, the slots are halved."""
     model, params, settings = shallow()
     sizes = []
     decode = engine.decode
@@ -446,7 +445,7 @@ def test_compacting_the_tail_changes_nothing(monkeypatch):
         return decode(model, settings, view, weights, state, key, enough)
 
     monkeypatch.setattr(engine, "decode", watched)
-    settings = dataclasses.replace(settings, slots=16, **ONE_SIZE)
+    settings = dataclasses.replace(settings, slots=16, tail=8, **ONE_SIZE)
     order = [2, 3] * 4 + [0, 1, 4, 5, 6, 7, 0, 1]  # what goes on is in the upper half
     got = generate(model, settings, params, requests().take(order), KEY)
     assert sizes[0] == 16 and sizes[-1] == 8
@@ -520,7 +519,7 @@ def test_members_differ_on_one_prompt_with_one_uid_and_the_mean_is_the_mean():
 
 def test_nothing_is_traced_after_warm_up():
     model, weights, _ = shallow()
-    settings = Settings(slots=16, length=12, stop=(3,), chunk=2, bucket=12, view=6)
+    settings = Settings(slots=16, length=12, stop=(3,), chunk=2, bucket=12, view=6, tail=8)
     stream = io.StringIO()
     seconds = warm_up(model, settings, weights, stream=stream)
     printed = stream.getvalue().splitlines()
