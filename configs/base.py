@@ -4,9 +4,9 @@
 `exponential` (multiplied by `decay` after every step) or `cosine` (to zero at the last step).
 
 `es`: `population` (crossed, antithetic, independent) of `members`, in `blocks` if crossed; `rank`; patterns of parameters
-that get `full`-rank noise (a matrix must not be smaller than the rank) or stay `frozen`; `noise` (gaussian, rademacher); `sigma`, multiplied
-by `sigma_decay` after every generation; fitness `shaping` (zscore, centred_rank, pair_sign); `chunk` members at a time
-(0: all).
+that get `full`-rank noise (a matrix must not be smaller than the rank) or stay `frozen`; `noise` (gaussian, rademacher);
+`sigma`, multiplied by `sigma_decay` after every generation; fitness `shaping` (zscore, centred_rank, pair_sign); `chunk`
+members at a time (0: all).
 
 Control runs also have:
 

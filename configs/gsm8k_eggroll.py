@@ -3,10 +3,10 @@
     python -m experiments.train --config=configs/gsm8k_eggroll.py --workdir=runs/gsm8k \\
         --config.model.path=Qwen/Qwen3-0.6B --config.task.options.path=DIRECTORY
 
-DIRECTORY holds train.jsonl and test.jsonl of openai/grade-school-math. The settings follow the published ones for a 7-billion-
-parameter RWKV-7 on 8 GPUs: rank 1, sigma 2e-3, greedy answers of up to 1,000 tokens, 512 members on 16 prompts a step, norms and
-embedding frozen. The learning rate is ours (the published one belongs to plain gradient steps in another scale). Not run to the end: it
-needs an accelerator and a model from the hub.
+DIRECTORY holds train.jsonl and test.jsonl of openai/grade-school-math. The settings follow the published ones for a
+7-billion-parameter RWKV-7 on 8 GPUs: rank 1, sigma 2e-3, greedy answers of up to 1,000 tokens, 512 members on 16 prompts a
+step, norms and embedding frozen. The learning rate is ours (the published one belongs to plain gradient steps in another
+scale). Never run: it needs an accelerator and a model from the hub.
 """
 
 import ml_collections

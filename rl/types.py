@@ -171,7 +171,8 @@ def _whole(name: str, value, dtype) -> np.ndarray:
     """The array in this integer type, unless that would change a number."""
     wide, limits = np.asarray(value), np.iinfo(dtype)
     if wide.size and wide.dtype.kind not in "iu":
-        raise ValueError(f"{name} must be whole numbers of {limits.bits} bits; got {wide.dtype} like {wide.ravel().tolist()[0]!r}")
+        example = wide.ravel().tolist()[0]
+        raise ValueError(f"{name} must be whole numbers of {limits.bits} bits; got {wide.dtype} like {example!r}")
     if wide.size and not limits.min <= wide.min() <= wide.max() <= limits.max:
         raise ValueError(f"{name} must be {limits.min} to {limits.max}; got {wide.min()} to {wide.max()}")
     return wide.astype(dtype)

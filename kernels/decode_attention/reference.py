@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-_UNROLLED = 32  # head sizes up to this are summed term by term: XLA's batched products of so small matrices are slow on a CPU
+_UNROLLED = (
+    32  # head sizes up to this are summed term by term: XLA's batched products of so small matrices are slow on a CPU
+)
 
 
 def attend(q: Array, k: Array, v: Array, length: Array | int) -> Array:

@@ -72,7 +72,7 @@ def generate(
         weights: parameters, or a population's (`eggroll.Strategy.draw`).
         key: of the run; with it, `uid` and the weights, a row's completion is determined, whatever else runs.
         version: recorded for every token.
-        between: called after every chunk (once where there are no requests); may swap weights, abort, submit and stop.
+        between: called after every chunk, and once where nothing is left to run; may swap weights, abort, submit and stop.
 
     Returns:
         `Rollouts`, one row per request, in their order, then those submitted later.

@@ -306,7 +306,7 @@ def test_rows_done_already_are_returned_untouched():
     asked, finished = requests(), whole()
     calls = []
     again = generate(model, settings, params, going_on(asked, finished), KEY, between=calls.append)
-    assert not calls
+    assert len(calls) == 1 and not calls[0].running.size  # asked once: it might have submitted something
     jax.tree.map(np.testing.assert_array_equal, dataclasses.asdict(again), dataclasses.asdict(finished))
     # interrupted exactly at the budget: nothing is left to do
     cut = dataclasses.replace(
