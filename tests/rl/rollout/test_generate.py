@@ -313,7 +313,7 @@ def test_rows_done_already_are_returned_untouched():
         finished, finish=np.where(finished.finish == LENGTH, ABORTED, finished.finish).astype(np.int8)
     )
     same(generate(model, settings, params, going_on(asked, cut), KEY, between=calls.append), finished)
-    assert not calls
+    assert len(calls) == 2
 
 
 def test_inputs_are_not_written_to():
