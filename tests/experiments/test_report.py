@@ -2,9 +2,11 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -36,7 +38,20 @@ def test_the_readme_example_goes_from_and_to_where_it_says():
     assert first == pytest.approx(float(stated[1]), abs=0.005) and last == pytest.approx(float(stated[2]), abs=0.03)
 
 
-@pytest.mark.parametrize("file", ["compare", "recipes"])
+def test_the_readme_example_of_the_engine_runs():
+    pytest.importorskip("tokenizers", reason="needs the extra language")
+    stories = Path(os.environ.get("EGGROLL_DATA", report.ROOT.parent / "shared" / "data")) / "stories260K"
+    if not stories.is_dir():
+        pytest.skip(f"no stories260K in {stories.parent} (set EGGROLL_DATA)")
+    text = (report.ROOT / "README.md").read_text(encoding="utf-8")
+    example = next(e for e in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "generate(" in e)
+    example = example.replace('"stories260K"', repr(str(stories))) + "print(members.member.tolist(), members.length.min())"
+    done = subprocess.run([sys.executable, "-c", example], cwd=report.ROOT, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert str(list(range(16))) in done.stdout
+
+
+@pytest.mark.parametrize("file", ["compare", "recipes", "language"])
 def test_the_docstring_of_a_recipe_has_the_measured_scores_and_its_command(file):
     for row in json.loads((report.RESULTS / f"{file}.json").read_text()):
         path = row["config"].partition(":")[0]
