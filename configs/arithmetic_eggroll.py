@@ -4,10 +4,19 @@
 
 The warm start learns chains such as "7+3-9+4=" from 16,384 solved ones, of which 60 % work the value out (":10-9+4=1+4=5") and
 40 % just say it ("5"). The reward is 1 for the right value within 8 tokens, which most of the worked answers exceed. EGGROLL
-perturbs all 94,388 parameters of a transformer (or of an RWKV-7), 256 members in one crossed grid of 16 x 16, and every member
+perturbs all 94,108 parameters of a transformer (or of an RWKV-7), 256 members in one crossed grid of 16 x 16, and every member
 answers the same 32 problems greedily.
 
-TBD
+Held-out problems solved, in % of 1,024 (the same for every seed; +- is the 95 % interval of the paired difference), and seconds
+of evolution on 2 CPU cores, compilation included; the warm start takes another 30 s:
+
+| seed | warm start | evolved | gain         | seconds |
+|------|------------|---------|--------------|---------|
+| 0    | 21.48      | 64.06   | 42.6 +- 3.4  | 65      |
+| 1    | 21.09      | 58.50   | 37.4 +- 3.6  | 58      |
+| 2    | 22.07      | 58.40   | 36.3 +- 3.5  | 51      |
+
+What is learned is when to answer at once; the arithmetic itself is as good as the warm start made it.
 """
 
 import ml_collections

@@ -45,7 +45,9 @@ def test_the_readme_example_of_the_engine_runs():
         pytest.skip(f"no stories260K in {stories.parent} (set EGGROLL_DATA)")
     text = (report.ROOT / "README.md").read_text(encoding="utf-8")
     example = next(e for e in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "generate(" in e)
-    example = example.replace('"stories260K"', repr(str(stories))) + "print(members.member.tolist(), members.length.min())"
+    example = (
+        example.replace('"stories260K"', repr(str(stories))) + "print(members.member.tolist(), members.length.min())"
+    )
     done = subprocess.run([sys.executable, "-c", example], cwd=report.ROOT, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     assert str(list(range(16))) in done.stdout
