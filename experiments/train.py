@@ -201,6 +201,11 @@ def set_up(config: ml_collections.ConfigDict, task: tasks.Task, pool: Pool) -> t
         one_prompt = np.zeros((1, config.samples))
         build.choose("score", config.score, SCORES)
         build.choose("fitness", config.fitness, FITNESS)(config)(one_prompt, one_prompt == 0)
+        if config.samples > 1 and config.sampling.temperature == 0:
+            raise ConfigError(
+                f"greedy answers to one prompt are all equal; got config.samples = {config.samples} at temperature 0: use 1 "
+                "sample, or a temperature above 0"
+            )
         train = data.encode(task.problems("train", config.task.problems, config.seed), tokenizer)
         test = data.encode(task.problems("test", config.eval_problems, 0), tokenizer)
         learnt = lessons(config, task, tokenizer)

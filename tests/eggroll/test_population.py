@@ -49,6 +49,7 @@ def test_members_of_a_row_share_its_factor_and_no_two_members_share_both():
         (lambda: eggroll.crossed(12, rows=5), "5 rows"),
         (lambda: eggroll.crossed(12, blocks=5), "12 members in 5 blocks"),
         (lambda: eggroll.crossed(12, rows=12), "12 rows"),
+        (lambda: eggroll.crossed(0), "0 members in 1 blocks"),
         (lambda: Population(1, 2, 2, 3), "signs is 1"),
         (lambda: eggroll.independent(6).grid(jnp.zeros(5)), r"expected 6, got shape \(5,\)"),
     ],
