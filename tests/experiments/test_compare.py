@@ -67,23 +67,25 @@ def test_a_run_of_another_config_is_not_taken_for_this_one(started, tmp_path, ca
     assert "es.sigma: stored 0.3, this command 0.1" in capsys.readouterr().err
 
 
-def test_jobs_that_fail_and_numbers_of_seeds_that_make_no_sense(tmp_path, capfd):
+def test_jobs_that_fail_and_numbers_of_seeds_that_make_no_sense(tmp_path, capfd, monkeypatch):
     arguments = ["configs/digits.py:nope", f"--workdir={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}"]
     assert compare.main(arguments) == 2
     errors = capfd.readouterr().err
-    assert "unknown variant 'nope'" in errors and "returned non-zero exit status 2" in errors
+    assert "unknown variant 'nope'" in errors and not (tmp_path / "runs").exists()
+    monkeypatch.setenv("EGGROLL_DATA", str(tmp_path))  # no stories260K there
+    assert compare.main(["configs/stories_eggroll.py", *arguments[1:]]) == 2
+    errors = capfd.readouterr().err
+    assert "stories260K" in errors and "returned non-zero exit status 2" in errors
     assert not (tmp_path / "out.json").exists() and "Traceback" not in errors
     with pytest.raises(SystemExit):
         compare.main([*arguments, "--seeds=0"])
 
 
 def test_the_readme_row_of_a_recipe_has_median_every_seed_and_time(started, tmp_path, monkeypatch):
-    for name in ("compare", "recipes"):
-        compare.main(
-            [CONFIGS[name == "recipes"], f"--workdir={tmp_path / 'runs'}", f"--out={tmp_path / name}", "--seeds=3"]
-        )
+    for name, config in zip(("compare", "recipes", "language"), CONFIGS, strict=True):
+        compare.main([config, f"--workdir={tmp_path / 'runs'}", f"--out={tmp_path / name}", "--seeds=3"])
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    first, second = (line.strip("| ").split(" | ") for line in report.methods())
+    first, second, _ = (line.strip("| ").split(" | ") for line in report.methods())
     score = "Pendulum-v1: mean return **21** (20, 21, 22)"
     assert first == ["EGGROLL, crossed, rank 1", "`eggroll/strategy.py`", f"`{CONFIGS[0]}`", score, "3 s"]
     assert second == ["PPO", "`rl/control/ppo.py`", f"`{CONFIGS[1]}`", score, "3 s"]
