@@ -155,8 +155,8 @@ def _carried(interpreter: Interpreter, init: list, body: core.ClosedJaxpr, const
 
 def _scan(interpreter: Interpreter, eqn: core.JaxprEqn, inputs: list) -> list:
     p = eqn.params
-    consts, init, xs = _split(inputs, p["num_consts"], p["num_carry"])
-    init = _carried(interpreter, init, p["jaxpr"], p["num_consts"], "scan")
+    consts, init, xs = _split(inputs, *_scan_counts(p))
+    init = _carried(interpreter, init, p["jaxpr"], len(consts), "scan")
     parts = [x.leading() if is_weight(x) else (x, lambda sliced: sliced) for x in xs]
     returned: list[Any] = []  # per stacked output, the whole weight that the body hands back slice by slice, or None
 
@@ -175,6 +175,14 @@ def _scan(interpreter: Interpreter, eqn: core.JaxprEqn, inputs: list) -> list:
     )
     stacked = iter(ys)
     return [*carry, *(next(stacked) if whole is None else whole for whole in returned)]
+
+
+def _scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+    """How many of a scan's inputs are constants and how many are carried; JAX 0.11 says it by a tree of the inputs."""
+    if "ft_in" in params:
+        consts, carry, _ = params["ft_in"].unpack()
+        return len(consts.vals), len(carry.vals)
+    return params["num_consts"], params["num_carry"]
 
 
 def _while(interpreter: Interpreter, eqn: core.JaxprEqn, inputs: list) -> list:
