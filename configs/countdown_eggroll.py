@@ -2,7 +2,10 @@
 
     python -m experiments.train --config=configs/countdown_eggroll.py --workdir=runs/countdown
 
-TBD
+The harder setting, reported as it is: of 2,048 held-out problems the warm start (8,192 solved ones, 500 steps) solves
+39.16 %, 60 generations of 256 members on 64 prompts solve 40.67 % with seed 0, a paired gain of
+1.51 +- 1.23 points in 267 s on 2 busy CPU cores. On a fixed batch reward climbs quickly; on fresh prompts most of it is what
+each prompt teaches about itself. See `configs/arithmetic_eggroll.py` for a behaviour that all prompts share.
 """
 
 import ml_collections

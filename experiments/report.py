@@ -22,7 +22,7 @@ _HEADERS = {
 def methods() -> list[str]:
     """One row per recipe: the median and every seed's score, and the median time."""
     groups: dict[str, list[dict]] = {}
-    for file in ("compare", "recipes", "language"):
+    for file in ("compare", "recipes", "language", "countdown"):
         for row in json.loads((RESULTS / f"{file}.json").read_text()):
             groups.setdefault(row["config"], []).append(row)
     lines = []

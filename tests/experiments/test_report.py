@@ -53,7 +53,7 @@ def test_the_readme_example_of_the_engine_runs():
     assert str(list(range(16))) in done.stdout
 
 
-@pytest.mark.parametrize("file", ["compare", "recipes", "language"])
+@pytest.mark.parametrize("file", ["compare", "recipes", "language", "countdown"])
 def test_the_docstring_of_a_recipe_has_the_measured_scores_and_its_command(file):
     for row in json.loads((report.RESULTS / f"{file}.json").read_text()):
         path = row["config"].partition(":")[0]
