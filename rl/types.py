@@ -100,6 +100,9 @@ class Rollouts:
         version: i32 [N, L], policy version that wrote each token.
         finish: i8 [N], `ABORTED`, `STOPPED` (the last token is a stop token) or `LENGTH`.
         member: i32 [N], as requested.
+        experts: i8, i16 or i32 [N, P + L, layers, experts per token], which experts read each token of the prompts, padded to
+            P, and of the completions, when the token after it was drawn; None where they were not recorded. -1: nothing
+            recorded, that is in padding, at the newest token of a row, which nothing has read, and in layers without experts.
     """
 
     tokens: np.ndarray
@@ -109,6 +112,7 @@ class Rollouts:
     version: np.ndarray
     finish: np.ndarray
     member: np.ndarray
+    experts: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -121,6 +125,36 @@ class Rollouts:
     def take(self, rows: np.ndarray) -> Self:
         """Some rows, in the order given."""
         return _take(self, rows)
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """All rows of several tables, one after the other, padded to the widest.
+
+        Raises:
+            ValueError: experts recorded in some tables only: routing replay would silently be off in the others.
+        """
+        recorded = [part.experts is not None for part in parts]
+        if any(recorded) != all(recorded):
+            raise ValueError(f"tables to join must all have recorded experts, or none of them; got {recorded}")
+        longest = max(part.tokens.shape[1] for part in parts)
+        wide = lambda x, columns, padding: np.concatenate(
+            [x, np.full((len(x), columns - x.shape[1], *x.shape[2:]), padding, x.dtype)], axis=1
+        )
+
+        def column(name: str):
+            columns = [getattr(part, name) for part in parts]
+            if name == "experts":  # of prompts and of completions, each padded
+                halves = [
+                    np.split(x, [x.shape[1] - part.tokens.shape[1]], 1) for x, part in zip(columns, parts, strict=True)
+                ]
+                prompts = max(prompt.shape[1] for prompt, _ in halves)
+                columns = [np.concatenate([wide(a, prompts, -1), wide(b, longest, -1)], 1) for a, b in halves]
+            elif columns[0].ndim == 2:
+                columns = [wide(x, longest, 0) for x in columns]
+            return np.concatenate(columns)
+
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "experts" or all(recorded)]
+        return cls(**{name: column(name) for name in names})
 
     @classmethod
     def empty(cls, member: np.ndarray, longest: int) -> Self:
