@@ -32,7 +32,9 @@ _MARGIN, _OPEN = 1e-4, 1e-6  # where a predicted difficulty is cut before its lo
 
 def attend(scores: Array, labels: Array, known: Array) -> Array:
     """Softmax average of labels; scores [Q, K], labels [K], known [K] or [Q, K] -> [Q]. 0.5 where nothing is known."""
-    weight = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True, where=known, initial=-1e30)) * known
+    # masked before the exponential: what an unknown reference scores may be anything
+    scores = jnp.where(known, scores, -jnp.inf)
+    weight = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True, initial=-1e38))
     total = jnp.sum(weight, axis=-1)
     mean = jnp.sum(weight * jnp.where(known, labels, 0), axis=-1) / jnp.where(total > 0, total, 1)
     return jnp.where(total > 0, mean, 0.5)
@@ -168,7 +170,7 @@ def fit(
     random = np.random.Generator(np.random.PCG64([seed, 17]))
     model, key = Predictor(width, dropout), jax.random.key(seed)
     x, known = jnp.asarray(embedding, jnp.float32), jnp.ones(k, bool)
-    params = model.init(key, x[:1], x[:1], jnp.zeros(1), known[:1])["params"]
+    params = jax.jit(model.init)(key, x[:1], x[:1], jnp.zeros(1), known[:1])["params"]
     optimizer = optax.adam(learning_rate)
 
     def loss(params, key, query, target, rows, labels):
