@@ -70,7 +70,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "cispo": Preset(
         "J = sum_it sg[min(r, 5)] A logp / sum_it m (2506.13585; its bound is not published, 5 is TRL's). The bound is "
-        "1 + high here, in verl and in NeMo-RL, r itself in TRL: 0.28 copied there caps every ratio. slime keeps a lower bound.",
+        "1 + high here, in verl and in NeMo-RL, r itself in TRL: 0.28 copied there caps every ratio. slime keeps a low one.",
         Objective(shape="capped", high=4.0), "group_std",
     ),
     "ppo": Preset(
