@@ -4,7 +4,7 @@
 
 Return of the mean parameters over 64 fresh episodes for `--config.seed=0`, 1 and 2; seconds of training, compilation
 included, on 2 CPU cores (AMD EPYC):
--88.8, -90.7, -91.5 after about 5 M environment steps in 15 s each.
+-88.8, -90.7, -91.5 after about 5 M environment steps in 21 s each.
 """
 
 import ml_collections

@@ -7,11 +7,11 @@ included, on 2 CPU cores (AMD EPYC):
 
 | variant             | what                                      | returns       | env steps | seconds |
 |---------------------|-------------------------------------------|---------------|-----------|---------|
-| eggroll (default)   | crossed population of 256, rank 1         | 500, 500, 500 | 4.1 M     | 4       |
-| eggroll_independent | 256 members with noise of their own       | 500, 500, 500 | 4.1 M     | 4       |
-| eggroll_rank4       | crossed, rank 4                           | 500, 500, 500 | 4.2 M     | 5       |
-| openes              | 256 members with full-rank noise          | 500, 500, 500 | 4.2 M     | 7       |
-| ppo                 | with backprop                             | 500, 500, 500 | 0.16 M    | 4       |
+| eggroll (default)   | crossed population of 256, rank 1         | 500, 500, 500 | 4.1 M     | 5       |
+| eggroll_independent | 256 members with noise of their own       | 500, 500, 500 | 4.1 M     | 5       |
+| eggroll_rank4       | crossed, rank 4                           | 500, 500, 500 | 4.2 M     | 6       |
+| openes              | 256 members with full-rank noise          | 500, 500, 500 | 4.2 M     | 6       |
+| ppo                 | with backprop                             | 500, 500, 500 | 0.16 M    | 5       |
 
 The `paper`, `paper_openes` and `paper_ppo` variants are the published settings, 3 x 256 units and drawn actions but for
 `paper_openes`; the number of steps is ours (published: 5e8 environment steps). On 2 busy cores, seed 0: `paper_ppo` 500

@@ -7,7 +7,7 @@ included, on 2 CPU cores (AMD EPYC):
 
 | variant           | what                                | returns          | env steps    | seconds  |
 |-------------------|-------------------------------------|------------------|--------------|----------|
-| eggroll (default) | crossed population of 1,024, rank 1 | 6.5, 6.6, 7.5    | 16 M to 32 M | 26 to 42 |
+| eggroll (default) | crossed population of 1,024, rank 1 | 6.5, 6.6, 7.5    | 16 M to 32 M | 23 to 38 |
 | ppo               | with backprop                       | 11.7, 28.6, 15.8 | 0.82 M       | 38 to 52 |
 
 Episodes differ in nothing but the side the ball starts from, so the mean parameters have two outcomes, and evolution's

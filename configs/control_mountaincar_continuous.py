@@ -4,7 +4,7 @@
 
 Return of the mean parameters over 64 fresh episodes for `--config.seed=0`, 1 and 2; seconds of training, compilation
 included, on 2 CPU cores (AMD EPYC):
-94.2, 94.1, 93.8 after about 2.5 M environment steps in 4 s each.
+94.1, 94.1, 93.9 after about 2.5 M environment steps in 5 s each.
 
 The reward is 100 at the goal and minus the energy spent on the way: noise in the parameters, which lasts for an
 episode, explores where noise in the actions does not.

@@ -7,11 +7,11 @@ included, on 2 CPU cores (AMD EPYC):
 
 | variant             | what                                      | returns                | env steps | seconds |
 |---------------------|-------------------------------------------|------------------------|-----------|---------|
-| eggroll (default)   | crossed population of 1,024, rank 1       | -179.5, -158.3, -139.8 | 41 M      | 15      |
-| eggroll_independent | 1,024 members with noise of their own     | -176.3, -181.0, -142.6 | 41 M      | 17      |
-| eggroll_rank4       | crossed, rank 4                           | -176.7, -159.5, -137.8 | 41 M      | 17      |
-| openes              | 1,024 members with full-rank noise        | -175.4, -157.7, -140.6 | 41 M      | 29      |
-| ppo                 | with backprop                             | -203.7, -184.9, -158.6 | 0.38 M    | 9       |
+| eggroll (default)   | crossed population of 1,024, rank 1       | -179.5, -158.5, -139.3 | 41 M      | 13      |
+| eggroll_independent | 1,024 members with noise of their own     | -177.0, -180.1, -139.4 | 41 M      | 13      |
+| eggroll_rank4       | crossed, rank 4                           | -175.6, -159.2, -137.8 | 41 M      | 17      |
+| openes              | 1,024 members with full-rank noise        | -175.1, -158.1, -142.1 | 41 M      | 23      |
+| ppo                 | with backprop                             | -198.3, -185.7, -146.4 | 0.38 M    | 10      |
 
 The first state of an episode decides most of its return (standard deviation 90 to 120 within a run), and the 64
 episodes of a seed are the same for every variant: compare variants within a seed.
