@@ -41,9 +41,11 @@ class Experts(nn.Module):
         ids = jax.lax.top_k(logits, self.chosen)[1]
         if forced is not None:
             ids = jnp.where(jnp.any(forced < 0, axis=-1, keepdims=True), ids, forced.astype(jnp.int32))
-        pick = lambda scores: jnp.take_along_axis(scores, ids, axis=-1, mode="fill", fill_value=jnp.nan)
+        pick = lambda scores: jnp.take_along_axis(scores, ids, axis=-1)
         weight = nn.softmax(pick(logits), axis=-1) if self.normalise else pick(nn.softmax(logits, axis=-1))
         mix = jnp.sum(jax.nn.one_hot(ids, self.experts, dtype=wide) * weight[..., None], axis=-2)  # [L, experts]
+        if forced is not None:
+            mix = jnp.where(jnp.all(ids < self.experts, axis=-1, keepdims=True), mix, jnp.nan)
         start = nn.initializers.lecun_normal(batch_axis=0)
         shape = (self.experts, width, self.hidden)
         gate = self.param("experts_gate", start, shape, self.dtype)

@@ -34,6 +34,8 @@ def check(model: LanguageModel, settings: Settings, weights, requests: Requests)
             (done.length > requests.budget, "a budget counts the tokens in `done`: raise it", done.length),
             strange(done.tokens, done.length),
         ]
+        if settings.record_experts and model.routed is not None:
+            rules += _recorded(model, requests)
     _raise(np.arange(len(requests)), rules)
 
 
@@ -46,6 +48,24 @@ def _members(weights, member: np.ndarray):
     size = weights.population.size if isinstance(weights, eggroll.Drawn) else 0
     rule = f"members must be -1 to {size - 1} of these weights" if size else "plain parameters have no members but -1"
     return (member < -1) | (member >= size), rule, member
+
+
+def _recorded(model: LanguageModel, requests: Requests) -> list:
+    """What the experts of a resumed row must be, where they were recorded."""
+    c, done, longest = model.config, requests.done, int(requests.prompt_length.max(initial=0))
+    experts = done.experts
+    if experts is None:
+        return []
+    tokens, sizes = done.tokens.shape[1], (len(done), c.layers, c.experts_per_token)
+    if experts.ndim != 4 or (len(experts), *experts.shape[2:]) != sizes or experts.shape[1] < longest + tokens:
+        raise ValueError(
+            f"experts in `done` must be [rows, at least {longest + tokens} prompt and completion columns, layers, experts per "
+            f"token], {sizes} without the columns; got {experts.shape}: were they recorded by another model?"
+        )
+    ids = experts.reshape(len(experts), -1)
+    worst = np.where(ids.min(1, initial=0) < -1, ids.min(1, initial=0), ids.max(1, initial=0))
+    rule = f"experts in `done` must be ids 0 to {c.experts - 1}, or -1 where nothing was recorded"
+    return [((worst < -1) | (worst >= c.experts), rule, worst)]
 
 
 def _raise(rows: np.ndarray, rules: list) -> None:

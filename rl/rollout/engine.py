@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 
 import eggroll
+from rl.models.experts import id_dtype
 from rl.models.language import LanguageModel
 from rl.rollout.sampling import Sample, Sampling, sample, uniforms
 
@@ -40,6 +41,7 @@ class Settings:
         tail: the last running rows are moved into half as many slots, again and again, down to this many; every number of
             slots is a program more to compile, which pays for long tails alone. 0: never.
         prefill_chunk: most tokens of a prompt in one forward pass; bounds prefill memory, which grows with its square.
+        record_experts: whether the experts that every token used are returned (mixtures of experts only).
     """
 
     slots: int
@@ -51,12 +53,15 @@ class Settings:
     view: int = 128
     tail: int = 0
     prefill_chunk: int = 512
+    record_experts: bool = False
 
     def __post_init__(self):
         whole = lambda x: isinstance(x, int) and not isinstance(x, bool)
         for name in ("slots", "length", "chunk", "bucket", "view", "tail", "prefill_chunk"):
             if not whole(getattr(self, name)):
                 raise ValueError(f"{name} must be a whole number; got {getattr(self, name)!r}")
+        if not isinstance(self.record_experts, bool):
+            raise ValueError(f"record_experts must be True or False; got {self.record_experts!r}")
         if not isinstance(self.stop, tuple) or not all(map(whole, self.stop)):
             raise ValueError(f"stop must be a tuple of token ids; got {self.stop!r}")
         for name in ("slots", "chunk", "bucket", "prefill_chunk"):
@@ -133,6 +138,8 @@ class Chunk(NamedTuple):
         tokens: i32 [k, S]; logp, logp_full: f32 [k, S]. Slot s wrote the first count[s] entries of its column.
         count: i32 [S].
         active: bool [S], who goes on.
+        experts: i8, i16 or i32 [k, S, layers, experts per token], of the token that each entry of `tokens` followed (the
+            newest one is never read and has none), -1 in layers without; None where they are not recorded.
     """
 
     tokens: Array
@@ -140,6 +147,7 @@ class Chunk(NamedTuple):
     logp_full: Array
     count: Array
     active: Array
+    experts: Array | None
 
 
 class Rows(NamedTuple):
@@ -161,7 +169,13 @@ class Rows(NamedTuple):
 
 
 def init(model: LanguageModel, settings: Settings) -> State:
-    """Empty slots."""
+    """Empty slots.
+
+    Raises:
+        ValueError: experts to record of a model without.
+    """
+    if settings.record_experts and model.routed is None:
+        raise ValueError("record_experts needs a mixture of experts; this model has none: set record_experts=False")
     zeros = lambda dtype: jnp.zeros(settings.slots, dtype)
     return State(
         _empty(model, settings.slots, settings.length), zeros(jnp.int32), zeros(jnp.int32), zeros(jnp.int32), zeros(bool),
@@ -178,7 +192,7 @@ def cache_bytes(model: LanguageModel, settings: Settings) -> int:
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def admit(
     model: LanguageModel, settings: Settings, weights, state: State, ids: Array, count: Array, member: Array, rows: Rows
-) -> State:
+) -> tuple[State, Array | None]:
     """Prefills sequences and puts rows that continue them into slots.
 
     Args:
@@ -186,9 +200,12 @@ def admit(
         count: i32 [B], how many of them there are; 0 for sequences of one token, and for padding.
         member: i32 [B], whose weights read them.
         rows: what goes where.
+
+    Returns:
+        (state, experts [B, bucket, layers, experts per token] of `ids` as in `Chunk`; None where they are not recorded).
     """
     TRACES["admit"] += 1
-    cache = _prefill(model, settings, weights, ids, count, member)
+    cache, experts = _prefill(model, settings, weights, ids, count, member)
     drop = {"mode": "drop"}
 
     def insert(old, new, axis):
@@ -197,7 +214,7 @@ def admit(
         return old.at[place].set(new[rows.source], **drop)
 
     put = lambda old, new: old.at[rows.slot].set(new, **drop)
-    return State(
+    state = State(
         jax.tree.map(insert, state.cache, cache, _length_axes(model)),
         put(state.token, rows.token),
         put(state.position, rows.position),
@@ -206,6 +223,7 @@ def admit(
         put(state.uid, rows.uid),
         put(state.member, rows.member),
     )
+    return state, experts
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
@@ -225,8 +243,11 @@ def decode(
     steps = jnp.arange(settings.chunk, dtype=jnp.int32)
     u = uniforms(key, state.uid, state.position + 1 + steps[:, None])  # [k, S], out of the loop
     started = jnp.sum(state.active)
-    blank = lambda dtype: jnp.zeros((settings.chunk, state.token.shape[0]), dtype)
-    written = Sample(blank(jnp.int32), blank(jnp.float32), blank(jnp.float32))
+    blank = lambda dtype, *shape: jnp.zeros((settings.chunk, state.token.shape[0], *shape), dtype)
+    written = Sample(blank(jnp.int32), blank(jnp.float32), blank(jnp.float32)), None
+    if settings.record_experts:
+        c = model.config
+        written = written[0], blank(id_dtype(c.experts), c.layers, c.experts_per_token)
     axes_of_length = _length_axes(model)
     cut = lambda x, axis: x if axis is None else jax.lax.slice_in_dim(x, 0, view, axis=1 + axis)
     whole, began = state.cache, state.position
@@ -238,14 +259,14 @@ def decode(
 
     def body(carry):
         i, state, written = carry
-        state, drawn = _step(model, settings, params, axes, state, u[i])
-        return i + 1, state, jax.tree.map(lambda old, new: old.at[i].set(new), written, drawn)
+        state, *new = _step(model, settings, params, axes, state, u[i])
+        return i + 1, state, jax.tree.map(lambda old, new: old.at[i].set(new), written, tuple(new))
 
     state = state._replace(cache=jax.tree.map(cut, whole, axes_of_length))
-    _, state, written = jax.lax.while_loop(going_on, body, (jnp.int32(0), state, written))
+    _, state, (drawn, experts) = jax.lax.while_loop(going_on, body, (jnp.int32(0), state, written))
     back = lambda old, new, axis: new if axis is None else old.at[(slice(None),) * (1 + axis) + (slice(view),)].set(new)
     state = state._replace(cache=jax.tree.map(back, whole, state.cache, axes_of_length))
-    return state, Chunk(*written, state.position - began, state.active)
+    return state, Chunk(*drawn, state.position - began, state.active, experts)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -263,42 +284,56 @@ def compact(state: State, slots: Array) -> State:
 
 
 def _step(model: LanguageModel, settings: Settings, params, axes, state: State, u: Array):
-    """One token for every active slot. Inactive slots write nothing: their rows of the batch are padding."""
+    """One token for every active slot, and the experts that read the token before it. Inactive slots write nothing: their
+    rows of the batch are padding."""
 
     def one(params, token, cache, position, active):
-        hidden, cache = model.forward(params, token[None], cache, position, active.astype(jnp.int32))
-        return model.head(params, hidden)[0], cache
+        count = active.astype(jnp.int32)
+        hidden, cache, experts = _forward(model, settings, params, token[None], cache, position, count)
+        return model.head(params, hidden)[0], cache, None if experts is None else experts[0]
 
     run = lambda *args: eggroll.perturbed_call(one, *args)
-    logits, cache = jax.vmap(run, (axes, 0, 0, 0, 0))(params, state.token, state.cache, state.position, state.active)
+    args = params, state.token, state.cache, state.position, state.active
+    logits, cache, experts = jax.vmap(run, (axes, 0, 0, 0, 0))(*args)
     drawn = sample(logits, u, settings.sampling)
     position = state.position + state.active
     ended = functools.reduce(jnp.logical_or, [drawn.token == stop for stop in settings.stop], position >= state.limit)
     token = jnp.where(state.active, drawn.token, state.token)
-    return state._replace(cache=cache, token=token, position=position, active=state.active & ~ended), drawn
+    return state._replace(cache=cache, token=token, position=position, active=state.active & ~ended), drawn, experts
+
+
+def _forward(model: LanguageModel, settings: Settings, params, ids: Array, cache, start: Array, count: Array):
+    """(hidden [L, width], cache, experts [L, layers, k] or None where they are not recorded)."""
+    if not settings.record_experts:
+        return *model.forward(params, ids, cache, start, count), None
+    hidden, cache, experts = model.routed(params, ids, cache, start, count)
+    return hidden, cache, experts.swapaxes(0, 1).astype(id_dtype(model.config.experts))
 
 
 def _prefill(model: LanguageModel, settings: Settings, weights, ids: Array, count: Array, member: Array):
-    """The cache of each sequence after its first `count` tokens."""
+    """The cache of each sequence after its first `count` tokens, and their experts."""
     params, axes = eggroll.rows(weights, member)
     length = ids.shape[1]
     size = min(settings.prefill_chunk, length)
     pieces = jnp.pad(ids, ((0, 0), (0, -length % size))).reshape(len(ids), -1, size).swapaxes(0, 1)
 
     def one(params, ids, cache, start, count):
-        return model.forward(params, ids, cache, start, jnp.clip(count - start, 0, size))[1]
+        return _forward(model, settings, params, ids, cache, start, jnp.clip(count - start, 0, size))[1:]
 
     run = lambda *args: eggroll.perturbed_call(one, *args)
 
     def body(cache, piece):
         start, ids = piece
-        return jax.vmap(run, (axes, 0, 0, None, 0))(params, ids, cache, start, count), None
+        return jax.vmap(run, (axes, 0, 0, None, 0))(params, ids, cache, start, count)
 
     starts = jnp.arange(len(pieces), dtype=jnp.int32) * size
     cache = _empty(model, len(ids), length)
     if len(pieces) == 1:
-        return body(cache, (starts[0], pieces[0]))[0]
-    return jax.lax.scan(body, cache, (starts, pieces))[0]
+        return body(cache, (starts[0], pieces[0]))
+    cache, experts = jax.lax.scan(body, cache, (starts, pieces))
+    if experts is not None:  # [pieces, B, size, ...] -> [B, bucket, ...]
+        experts = experts.swapaxes(0, 1).reshape(len(ids), -1, *experts.shape[3:])[:, :length]
+    return cache, experts
 
 
 def _empty(model: LanguageModel, slots: int, length: int):

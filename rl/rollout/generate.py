@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rl.models.experts import id_dtype
 from rl.models.language import LanguageModel
 from rl.rollout import engine
 from rl.rollout.check import check, check_members
@@ -75,7 +76,8 @@ def generate(
         between: called after every chunk, and once where nothing is left to run; may swap weights, abort, submit and stop.
 
     Returns:
-        `Rollouts`, one row per request, in their order, then those submitted later.
+        `Rollouts`, one row per request, in their order, then those submitted later. Recorded experts are what was used when
+        the next token was drawn: what a later refresh or resumption reads again does not replace them, it fills gaps.
 
     Raises:
         ValueError: an empty prompt, one that does not fit with its budget, ids beyond the vocabulary, members the weights do
@@ -125,7 +127,7 @@ def warm_up(model: LanguageModel, settings: Settings, weights, *, stream: TextIO
         for b in settings.shared:
             ids, none = np.zeros((b, bucket), np.int32), np.zeros(b, np.int32)
             call = lambda state=state, a=(ids, none, none - 1, rows): engine.admit(model, settings, weights, state, *a)
-            state = timed(f"admit, {b} prompts of {bucket}", call)
+            state = timed(f"admit, {b} prompts of {bucket}", call)[0]
     state = timed("release", lambda state=state: engine.release(state, np.zeros(settings.slots, bool)))
     sizes = settings.sizes
     for i, size in enumerate(sizes):
@@ -147,7 +149,8 @@ class _Loop:
         self.compacting, self.chunks = compacting, 0
         self.state = engine.init(model, settings)
         self.row = np.full(settings.slots, -1)  # row of each slot
-        self.requests, self.rollouts = requests, _begun(requests)
+        self.requests, self.rollouts = requests, _begun(requests, model, settings)
+        self.prefilled: list[tuple[np.ndarray, np.ndarray, np.ndarray, jax.Array]] = []  # experts yet to be taken in
         self.waiting = collections.deque(_unfinished(self.rollouts))
 
     @property
@@ -189,10 +192,12 @@ class _Loop:
         table = Rows(slots, source.reshape(-1), newest, position, limit, self.requests.uid[rows], member)
         fill = lambda x, n, value, dtype: np.concatenate([x, np.full((n - len(x), *x.shape[1:]), value)]).astype(dtype)
         padded = Rows(fill(slots, r, self.row.size, np.int32), *(fill(x, r, 0, _dtype(x)) for x in table[1:]))
-        self.state = engine.admit(
+        self.state, experts = engine.admit(
             self.model, self.settings, self.weights, self.state, fill(ids[first, :bucket], b, 0, np.int32),
             fill(counts[first], b, 0, np.int32), fill(member[first], b, -1, np.int32), padded,
         )  # fmt: skip
+        if experts is not None:
+            self.prefilled.append((rows, counts, source.reshape(-1), experts))
 
     def _sequence(self, row: int, length: int) -> np.ndarray:
         """Prompt and completion so far, cut or padded to `length`."""
@@ -215,7 +220,23 @@ class _Loop:
             self.model, self.settings, view, self.weights, self.state, self.key, np.int32(enough)
         )
         self.chunks += 1
-        return self._take_in(jax.device_get(chunk), slots, rows)
+        chunk, prefilled = jax.device_get((chunk, self.prefilled))
+        self.prefilled = []
+        for some, counts, source, experts in prefilled:
+            self._record(some, np.zeros_like(counts), counts, experts[source].swapaxes(0, 1))
+        if chunk.experts is not None:
+            self._record(rows, position, chunk.count[slots], chunk.experts[:, slots])
+        return self._take_in(chunk, slots, rows)
+
+    def _record(self, rows: np.ndarray, start: np.ndarray, count: np.ndarray, experts: np.ndarray) -> None:
+        """Takes in the experts [W, R, ...] of `count` tokens of each row from its position `start` on, where there are none."""
+        step, kept = np.arange(len(experts))[:, None], self.rollouts.experts
+        there = step < count
+        row, position = np.broadcast_to(rows, there.shape)[there], (start + step)[there]
+        gap = self.requests.prompt.shape[1] - self.requests.prompt_length[row]  # between a prompt and its completion
+        column = np.where(position < self.requests.prompt_length[row], position, position + gap)
+        before = kept[row, column]
+        kept[row, column] = np.where(before < 0, experts[there], before)
 
     def _take_in(self, chunk: engine.Chunk, slots: np.ndarray, rows: np.ndarray) -> np.ndarray:
         done, count = self.rollouts, chunk.count[slots]
@@ -260,7 +281,8 @@ class _Loop:
         if orders.submit is not None:
             before = len(self.requests)
             self.requests = _joined(self.requests, orders.submit)
-            self.rollouts = _joined(self.rollouts, _begun(orders.submit))
+            begun = _begun(orders.submit, self.model, self.settings)
+            self.rollouts = Rollouts.join([self.rollouts, begun])
             self.waiting.extend(row for row in _unfinished(self.rollouts) if row >= before)
         gone = np.isin(self.row, np.asarray(orders.abort, np.int64)) & (self.row >= 0)
         if gone.any():
@@ -274,10 +296,18 @@ class _Loop:
                 self._admit(self.row[slots], slots)
 
 
-def _begun(requests: Requests) -> Rollouts:
+def _begun(requests: Requests, model: LanguageModel, settings: Settings) -> Rollouts:
     """Rollouts with room for every budget, holding what was done before."""
-    out = Rollouts.empty(requests.member, int(requests.budget.max(initial=1)))
-    before = requests.done
+    out, before = Rollouts.empty(requests.member, int(requests.budget.max(initial=1))), requests.done
+    if settings.record_experts:
+        c, columns = model.config, requests.prompt.shape[1]
+        shape = (len(out), columns + out.tokens.shape[1], c.layers, c.experts_per_token)
+        out = dataclasses.replace(out, experts=np.full(shape, -1, id_dtype(c.experts)))
+        if before is not None and before.experts is not None:
+            there, old = before.mask, before.experts.shape[1] - before.tokens.shape[1]
+            width = min(columns, old)
+            out.experts[:, :width] = before.experts[:, :width]
+            out.experts[:, columns:][np.nonzero(there)] = before.experts[:, old:][there]
     if before is not None:
         there = before.mask
         for name in ("tokens", "logp", "logp_full", "version"):
@@ -293,19 +323,12 @@ def _unfinished(rollouts: Rollouts) -> list[int]:
     return np.flatnonzero(rollouts.finish == ABORTED).tolist()
 
 
-def _joined(a, b):
-    """Rows of two tables of one type, one after the other, padded to the wider one."""
-
-    def join(x, y):
-        if isinstance(x, Rollouts) or x is None:
-            return None
-        if x.ndim == 2:
-            width = max(x.shape[1], y.shape[1])
-            x, y = (np.pad(z, ((0, 0), (0, width - z.shape[1]))) for z in (x, y))
-        return np.concatenate([x, y])
-
-    names = [field.name for field in dataclasses.fields(a)]
-    return type(a)(**{name: join(getattr(a, name), getattr(b, name)) for name in names})
+def _joined(a: Requests, b: Requests) -> Requests:
+    """The rows of both, padded to the longer prompt, without what was done before."""
+    width = max(a.prompt.shape[1], b.prompt.shape[1])
+    prompt = np.concatenate([np.pad(x.prompt, ((0, 0), (0, width - x.prompt.shape[1]))) for x in (a, b)])
+    names = ("prompt_length", "budget", "uid", "member")
+    return Requests(prompt, *(np.concatenate([getattr(a, name), getattr(b, name)]) for name in names))
 
 
 def _dtype(x: np.ndarray):

@@ -48,7 +48,7 @@ def admitted(kind, state=None, entries=((0, 0, 5, 4, 12, 7), (2, 1, 6, 7, 15, 8)
     state = engine.init(model, SETTINGS) if state is None else state
     ids = np.random.default_rng(0).integers(0, 23, (2, 8)).astype(np.int32)
     none = np.full(2, -1, np.int32)
-    return engine.admit(model, SETTINGS, params, state, ids, np.array([4, 7], np.int32), none, rows(*entries))
+    return engine.admit(model, SETTINGS, params, state, ids, np.array([4, 7], np.int32), none, rows(*entries))[0]
 
 
 def decode(kind, state, enough=9):
