@@ -90,12 +90,40 @@ def from_json(config: Json, where: str, *, dtype: str, scan_layers: bool) -> Tra
     )
 
 
-def to_json(config: TransformerConfig | RWKV7Config, *, eos: int | None = None, bos: int | None = None) -> Json:
-    """The config.json that describes a configuration.
+def special_tokens(config: Json, settings: Json, generation: Json) -> dict[str, Any]:
+    """The arguments of `HFTokenizer` in the contents of config.json, tokenizer_config.json and generation_config.json.
+
+    Returns:
+        eos, bos: the text in tokenizer_config.json, else the id (the first of several) in config.json. ends: all eos ids of
+        config.json and generation_config.json: chat models end a turn and a document with different tokens.
+
+    Raises:
+        ValueError: one that is neither a text nor an id.
+    """
+
+    def ids(source: Json, role: str) -> list:
+        found = source.get(f"{role}_token_id")
+        return found if isinstance(found, list) else [] if found is None else [found]
+
+    def one(role: str):
+        token = settings.get(f"{role}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        return next(iter(ids(config, role)), None) if token is None else token
+
+    out = {"eos": one("eos"), "bos": one("bos"), "ends": (*ids(config, "eos"), *ids(generation, "eos"))}
+    for role, token in (("eos", out["eos"]), ("bos", out["bos"]), *(("eos", token) for token in out["ends"])):
+        if isinstance(token, bool) or not isinstance(token, str | int | None):
+            raise ValueError(f"the {role} token must be a text or an id; the checkpoint's files have {token!r}")
+    return out
+
+
+def to_json(config: TransformerConfig | RWKV7Config, *, ends: tuple[int, ...] = (), bos: int | None = None) -> Json:
+    """The config.json that describes a configuration; several `ends` are a list there, as in released files.
 
     Raises:
         ValueError: biases or norms in a combination that none of the architectures has.
     """
+    eos = list(ends) if len(ends) > 1 else next(iter(ends), None)
     shared = {"bos_token_id": bos, "eos_token_id": eos, "dtype": config.dtype, "torch_dtype": config.dtype}
     if isinstance(config, RWKV7Config):
         sizes = {key: getattr(config, ours) for ours, key in _RWKV_KEYS.items()}

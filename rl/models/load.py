@@ -77,8 +77,8 @@ def save(
     if present:
         raise ValueError(f"{directory} must not hold a checkpoint already; it has {present}: save to another directory")
     texts = {} if tokenizer is None else _tokenizer_files(tokenizer)
-    eos, bos = (None, None) if tokenizer is None else (tokenizer.eos, tokenizer.bos)
-    texts["config.json"] = _json_text(hf_config.to_json(model.config, eos=eos, bos=bos))
+    ends, bos = ((), None) if tokenizer is None else (tokenizer.ends, tokenizer.bos)
+    texts["config.json"] = _json_text(hf_config.to_json(model.config, ends=ends, bos=bos))
     tensors = _tensors(model, params)
     directory.mkdir(parents=True, exist_ok=True)
     shards = _sharded(tensors, shard_bytes)
@@ -112,7 +112,7 @@ def _directory(name: str | Path, revision: str | None) -> Path:
             f"{str(name)!r} is no local directory, and loading from the hub needs: pip install huggingface_hub"
         ) from error
     try:
-        texts = ["config.json", "tokenizer.json", "tokenizer_config.json", "characters.json"]
+        texts = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "characters.json"]
         wanted = ["*.safetensors", "*.safetensors.index.json", *texts]
         return Path(huggingface_hub.snapshot_download(str(name), revision=revision, allow_patterns=wanted))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
@@ -252,9 +252,9 @@ def _tokenizer(directory: Path, config: dict[str, Any], vocab: int) -> Tokenizer
             )
         tokenizer: Tokenizer = Characters(alphabet)
     elif file.is_file():
-        settings = directory / "tokenizer_config.json"
-        settings = _read_json(settings) if settings.is_file() else {}
-        tokenizer = HFTokenizer(file, **{role: _special(settings, config, role) for role in ("eos", "bos")})
+        read = lambda name: _read_json(directory / name) if (directory / name).is_file() else {}
+        special = hf_config.special_tokens(config, read("tokenizer_config.json"), read("generation_config.json"))
+        tokenizer = HFTokenizer(file, **special)
     else:
         return None
     if tokenizer.size > vocab:
@@ -263,20 +263,6 @@ def _tokenizer(directory: Path, config: dict[str, Any], vocab: int) -> Tokenizer
             "entries: it belongs to another model"
         )
     return tokenizer
-
-
-def _special(settings: dict[str, Any], config: dict[str, Any], role: str) -> str | int | None:
-    """The eos or bos token: tokenizer_config.json's text, else config.json's id (the first of several)."""
-    token = settings.get(f"{role}_token")
-    if isinstance(token, dict):
-        token = token.get("content")
-    if token is None:
-        token = config.get(f"{role}_token_id")
-        if isinstance(token, list):
-            token = token[0] if token else None
-    if isinstance(token, bool) or not isinstance(token, str | int | None):
-        raise ValueError(f"the {role} token must be a text or an id; the checkpoint's files have {token!r}")
-    return token
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------

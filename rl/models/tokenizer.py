@@ -12,11 +12,13 @@ class Tokenizer(Protocol):
     Attributes:
         size: ids are 0 .. size - 1.
         eos, bos: ids that end and begin a text, or None.
+        ends: every id that ends a text, `eos` first: what generation stops on.
     """
 
     size: int
     eos: int | None
     bos: int | None
+    ends: tuple[int, ...]
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, with whatever the tokenizer puts in front of every text (a bos)."""
@@ -33,13 +35,21 @@ class HFTokenizer:
     Args:
         path: the file.
         eos, bos: text of these tokens (as in tokenizer_config.json), or their ids.
+        ends: further tokens that end a text.
 
     Raises:
         ImportError: the library `tokenizers` is not installed.
-        ValueError: the file is not a tokenizer, or lacks the eos or bos named.
+        ValueError: the file is not a tokenizer, or lacks a token named.
     """
 
-    def __init__(self, path: str | Path, *, eos: str | int | None = None, bos: str | int | None = None):
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        eos: str | int | None = None,
+        bos: str | int | None = None,
+        ends: Sequence[str | int] = (),
+    ):
         try:
             import tokenizers
         except ImportError as error:
@@ -49,6 +59,8 @@ class HFTokenizer:
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.size = max(vocabulary.values(), default=-1) + 1
         self.eos, self.bos = self._id("eos", eos), self._id("bos", bos)
+        further = [self._id("eos", token) for token in ends]
+        self.ends = tuple(dict.fromkeys(further if self.eos is None else [self.eos, *further]))
 
     def _id(self, name: str, token: str | int | None) -> int | None:
         known = token is None or (
@@ -91,6 +103,7 @@ class Characters:
 
     eos = 0
     bos = None
+    ends = (0,)
 
     def __init__(self, alphabet: str):
         if len(set(alphabet)) != len(alphabet):

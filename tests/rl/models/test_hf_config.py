@@ -127,7 +127,7 @@ def test_refusals_of_experts():
 @pytest.mark.parametrize("name", [*SHAPES, "mixed", *(n for n in PRESETS if n.startswith(("qwen", "rwkv", "stories")))])
 def test_there_and_back(name):
     config = {**SHAPES, "mixed": MIXED, **PRESETS}[name]
-    written = json.loads(json.dumps(hf_config.to_json(config, eos=3, bos=4)))
+    written = json.loads(json.dumps(hf_config.to_json(config, ends=(3,), bos=4)))
     assert (written["eos_token_id"], written["bos_token_id"]) == (3, 4)
     again = hf_config.from_json(written, "config.json", dtype=config.dtype, scan_layers=config.scan_layers)
     if isinstance(config, RWKV7Config):  # written out, and the chunk is no property of a checkpoint

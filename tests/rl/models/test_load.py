@@ -180,6 +180,27 @@ def test_special_tokens_come_from_the_tokenizers_settings_else_from_the_config(d
         load(directory)
 
 
+def test_every_token_that_ends_a_text_is_kept_and_saved(directory, tmp_path):
+    """Chat models end a turn and a document with different tokens, spread over three files."""
+    pytest.importorskip("tokenizers", reason="reads tokenizer.json")
+    test_tokenizer.write(directory / "tokenizer.json")
+    assert load(directory)[2].ends == (2,)
+    generation = directory / "generation_config.json"
+    generation.write_text(json.dumps({"eos_token_id": [5, 2], "temperature": 0.6}))
+    assert load(directory)[2].ends == (2, 5)
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "a"}))
+    edit(directory / "config.json", eos_token_id=[4, 5])
+    model, params, tokenizer = load(directory)
+    assert (tokenizer.eos, tokenizer.ends) == (3, (3, 4, 5, 2))
+    save(tmp_path / "copy", model, params, tokenizer)
+    again = load(tmp_path / "copy")[2]
+    assert (again.eos, again.ends) == (3, (3, 4, 5, 2))
+    for wrong, words in ((7, "7 ids, and the eos token 7 is none of them"), (True, "a text or an id; .* True")):
+        generation.write_text(json.dumps({"eos_token_id": [2, wrong]}))
+        with pytest.raises(ValueError, match=words):
+            load(directory)
+
+
 def test_a_character_model_is_saved_with_its_alphabet(tmp_path):
     model = make(SHAPES["rwkv7"])
     tokenizer = Characters("abcde+")

@@ -47,6 +47,8 @@ def test_ids_and_text(file):
     assert tokenizer.decode([1, 5, 4, 3, 2]) == "abba"  # special tokens are no text
     assert tokenizer.token(5) == "ab"
     assert HFTokenizer(file, eos=2).eos == 2 and HFTokenizer(file).eos is None
+    assert tokenizer.ends == (2,) and HFTokenizer(file).ends == ()
+    assert HFTokenizer(file, eos=2, ends=["ab", 2, 0]).ends == (2, 5, 0) and HFTokenizer(file, ends=[0]).ends == (0,)
 
 
 def test_size_counts_the_highest_id_not_the_entries(tmp_path):
@@ -72,7 +74,7 @@ def test_a_broken_file_is_named(tmp_path, content):
 
 def test_characters():
     tokenizer = Characters("+=0123")
-    assert (tokenizer.size, tokenizer.eos, tokenizer.bos) == (7, 0, None)
+    assert (tokenizer.size, tokenizer.eos, tokenizer.bos, tokenizer.ends) == (7, 0, None, (0,))
     assert tokenizer.encode("1+2=3") == [4, 1, 5, 2, 6]
     assert tokenizer.decode([4, 1, 5, 2, 6, 0]) == "1+2=3"
     assert tokenizer.decode(tokenizer.encode("")) == ""
