@@ -5,22 +5,39 @@
 * `model`: `preset` of `rl.models.presets`, trained from scratch with the task's alphabet; or `path`, a checkpoint directory or
   a name on the hub; `dtype`, `scan_layers`;
 * `warm_start`: supervised training on `examples` solved problems for `steps` of `batch`, cached in the workdir (0 steps: none);
-* `prompts` per step, which every member answers `samples` times in at most `budget` tokens;
+* `prompts` per step, answered `samples` times (by every member of a population) in at most `budget` tokens;
+* `selection`, `replay`: a method of `rl.data.selection` and of `rl.data.replay` with its own keys;
+* `refills`: further rounds in which prompts whose answers all have one reward are replaced by others (0: none; DAPO);
 * `sampling`: see `rl.rollout.sampling.Sampling`; temperature 0 is greedy. Evaluation is greedy;
-* `common_random_numbers`: members share the randomness of each (prompt, sample);
 * `score`: what the result is, the share of held-out problems "solved" (reward 1) or their mean "reward";
-* `fitness`: "mean" reward, or "pass_at" `k` of the samples;
 * `engine`: `slots`, `chunk`, `bucket`, `view`, `tail` of `rl.rollout.engine.Settings`;
 * `reward`: `workers` and seconds until the `deadline` of one verdict;
 * `log_samples`: completions written to `samples.jsonl` every step;
-* `es`, `optimizer`: as in `configs/base.py`.
+* `optimizer`: as in `configs/base.py`.
+
+Evolution:
+
+* `es`: as in `configs/base.py`;
+* `common_random_numbers`: members share the randomness of each (prompt, sample);
+* `fitness`: "mean" reward, or "pass_at" `k` of the samples.
+
+Policy gradients:
+
+* `gradient`: `objective`, every setting of `rl.objectives.policy_gradient.Objective`; `advantage` and its options; most
+  `tokens` of a packed micro-batch; `max_grad_norm` (0: no clipping); all else as `rl.learners.gradient.Settings`.
 """
 
+import dataclasses
 from typing import Any
 
 import ml_collections
+from ml_collections.config_dict import placeholder
 
 from configs.base import es, optimizer
+from rl import slots
+from rl.objectives.presets import PRESETS
+
+_OPEN = {"low": float, "high": float, "dual": float, "longest": int, "cap": float, "floor": float}  # None: not used
 
 
 def language(
@@ -33,9 +50,67 @@ def language(
     learning_rate: float,
 ) -> ml_collections.ConfigDict:
     """A recipe by evolution; the caller changes what else it wants and locks it."""
+    config = _base("eggroll", task, task_options, budget, steps, learning_rate)
+    config.es = es(**es_changes)
+    config.update({"common_random_numbers": True, "fitness": "mean", "k": 1})
+    return config
+
+
+def policy_gradient(
+    task: str,
+    method: str,
+    *,
+    budget: int,
+    steps: int,
+    task_options: dict[str, Any],
+    samples: int,
+    learning_rate: float,
+) -> ml_collections.ConfigDict:
+    """A recipe by backprop, a method of `rl.objectives.presets`; the caller changes what else it wants and locks it."""
+    config = _base(method, task, task_options, budget, steps, learning_rate)
+    config.samples = samples
+    config.sampling.temperature = 1.0
+    preset = PRESETS[method]
+    config.gradient = {
+        "objective": _settings(preset.objective),
+        "advantage": preset.advantage,
+        "advantage_options": {},
+        "minibatches": 1,
+        "epochs": 1,
+        "proximal": "recompute",
+        "staleness": 0,
+        "overlong": 0,
+        "drop_truncated": False,
+        "informative_only": False,
+        "step_scale": 0.0,
+        "norms": "exact",
+        "kl_convex": False,
+        "reincarnation": 0,
+        "limit": 3,
+        "tokens": 1024,
+        "max_grad_norm": 1.0,
+    }
+    if preset.objective.aggregation == "constant":
+        config.gradient.objective.longest = budget
+    return config
+
+
+def _settings(settings: Any) -> dict[str, Any]:
+    """A dataclass as a config block; what is None keeps its type, so that it can be set."""
+    out = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        value = _settings(value) if dataclasses.is_dataclass(value) else value
+        out[field.name] = placeholder(_OPEN[field.name]) if value is None and field.name in _OPEN else value
+    return out
+
+
+def _base(
+    method: str, task: str, task_options, budget: int, steps: int, learning_rate: float
+) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
-            "method": "eggroll",
+            "method": method,
             "seed": 0,
             "steps": steps,
             "save_every": 20,
@@ -47,15 +122,14 @@ def language(
             "warm_start": {"examples": 512, "steps": 0, "batch": 64, "learning_rate": 3e-3},
             "prompts": 64,
             "samples": 1,
+            "selection": slots.block("rl.data.selection", "uniform"),
+            "replay": slots.block("rl.data.replay", "none"),
+            "refills": 0,
             "budget": budget,
             "sampling": {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
-            "common_random_numbers": True,
             "score": "solved",
-            "fitness": "mean",
-            "k": 1,
             "engine": {"slots": 1024, "chunk": 8, "bucket": 16, "view": 128, "tail": 0},
             "reward": {"workers": 1, "deadline": 5.0},
-            "es": es(**es_changes),
             "optimizer": optimizer(learning_rate=learning_rate),
         }
     )

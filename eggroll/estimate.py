@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array, lax
 
 from eggroll import noise
@@ -35,6 +36,39 @@ class Estimate:
     gradient: Any
     step_scale: Array
     metrics: dict[str, tuple[Array, Array]]
+
+
+def master_copy(params):
+    """f32 copies of bf16 and f16 leaves, else None: steps smaller than a half-precision ulp survive in them."""
+    half = lambda x: jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if half(x) else None, params)
+
+
+def masters(params, master):
+    """The parameters an optimizer steps: the f32 copy where there is one."""
+    return jax.tree.map(lambda m, p: p if m is None else m, master, params, is_leaf=_is_none)
+
+
+def step(optimizer: optax.GradientTransformation, params, master, opt_state, estimate: Estimate, frozen=None):
+    """Hands an estimate to an optimizer and steps, whoever made it.
+
+    Args:
+        params: in the model's own types.
+        master: from `master_copy`.
+        opt_state: `optimizer.init(masters(params, master))`, later what this returned.
+        frozen: tree of bools, leaves that stay as they are; None: none.
+
+    Returns:
+        (params, master, opt_state, updates): the updates are what was added, step scale included.
+    """
+    wide = masters(params, master)
+    updates, opt_state = optimizer.update(estimate.gradient, opt_state, wide)
+    updates = jax.tree.map(lambda u: u * estimate.step_scale.astype(u.dtype), updates)
+    frozen = jax.tree.map(lambda _: False, params) if frozen is None else frozen
+    wide = jax.tree.map(lambda f, m, u: m if f else m + u.astype(m.dtype), frozen, wide, updates)
+    params = jax.tree.map(lambda p, m: m.astype(p.dtype), params, wide)
+    master = jax.tree.map(lambda kept, m: None if kept is None else m, master, wide, is_leaf=_is_none)
+    return params, master, opt_state, updates
 
 
 def direction_weights(fitness: Array, population: Population) -> Array:
@@ -126,3 +160,7 @@ def _summed(fn: Callable, xs, size: int):
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, jax.tree.map(lambda x: x[0], head)))
     total, _ = lax.scan(lambda total, block: (add(total, fn(block)), None), zero, head)
     return add(total, fn(tail)) if n % size else total
+
+
+def _is_none(x) -> bool:
+    return x is None

@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from eggroll import fitness, noise
-from eggroll.estimate import Estimate, gradients
+from eggroll.estimate import Estimate, gradients, master_copy, masters, step
 from eggroll.members import Drawn, map_members, mapped, perturbed
 from eggroll.perturb import RULES as PERTURBATION_RULES
 from eggroll.perturb import Interpreter, LowRank
@@ -76,9 +76,8 @@ class Strategy:
         plan = self._plan(params)
         if all(leaf.form == "frozen" for leaf in plan):
             raise ValueError(f"at least one leaf must be perturbed; all {len(plan)} are frozen: relax the rules")
-        half = lambda x: jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32
-        master = jax.tree.map(lambda x: x.astype(jnp.float32) if half(x) else None, params)
-        opt_state = self._optimizer(params, plan).init(_masters(params, master))
+        master = master_copy(params)
+        opt_state = self._optimizer(params, plan).init(masters(params, master))
         return State(params, master, opt_state, jnp.zeros((), jnp.int32), key)
 
     def evaluate(self, state: State, score: Score, batch, *, has_aux: bool = False, per_member: bool = False):
@@ -173,13 +172,10 @@ class Strategy:
     def apply(self, state: State, estimate: Estimate) -> tuple[State, dict[str, Array]]:
         """Hands an estimate to the optimizer and steps, in f32 master weights where the model is below f32."""
         plan = self._plan(state.params)
-        masters = _masters(state.params, state.master)
-        updates, opt_state = self._optimizer(state.params, plan).update(estimate.gradient, state.opt_state, masters)
-        updates = jax.tree.map(lambda u: u * estimate.step_scale.astype(u.dtype), updates)
         frozen = jax.tree.unflatten(jax.tree.structure(state.params), [leaf.form == "frozen" for leaf in plan])
-        masters = jax.tree.map(lambda f, m, u: m if f else m + u.astype(m.dtype), frozen, masters, updates)
-        params = jax.tree.map(lambda p, m: m.astype(p.dtype), state.params, masters)
-        master = jax.tree.map(lambda kept, m: None if kept is None else m, state.master, masters, is_leaf=_is_none)
+        params, master, opt_state, updates = step(
+            self._optimizer(state.params, plan), state.params, state.master, state.opt_state, estimate, frozen
+        )
         size = sum(math.prod(leaf.shape) for leaf in plan if leaf.form != "frozen")
         moved = [u for u, f in zip(jax.tree.leaves(updates), jax.tree.leaves(frozen), strict=True) if not f]
         metrics = {name: total / count for name, (total, count) in estimate.metrics.items()}
@@ -341,15 +337,6 @@ def _check_batch(batch, lead: tuple[int, ...]) -> None:
     ):
         want = f"[members = {lead[0]}, evaluations]" if lead else "[evaluations]"
         raise ValueError(f"every array of the batch needs the same leading axes {want}; got {shapes}")
-
-
-def _masters(params, master):
-    """The parameters the optimizer steps: the f32 copy where there is one."""
-    return jax.tree.map(lambda m, p: p if m is None else m, master, params, is_leaf=_is_none)
-
-
-def _is_none(x) -> bool:
-    return x is None
 
 
 def _is_low_rank(x) -> bool:

@@ -1,13 +1,28 @@
-"""Checks the numbers of a config, and builds optimizers and evolution strategies from its blocks (`configs/base.py`)."""
+"""Checks the numbers of a config, and builds optimizers, strategies and learners from its blocks (`configs/base.py`)."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import ml_collections
+import numpy as np
 import optax
 
 import eggroll
 from rl.config import ConfigError, flatten
+from rl.data import packing
+from rl.data.prompts import Prompts
+from rl.learners import evolution, gradient
+from rl.learners.types import Learner
+from rl.models.language import LanguageModel
+from rl.objectives.policy_gradient import Objective
+from rl.objectives.presets import PRESETS
+from rl.objectives.weights import Weight
+from rl.rewards.judge import mean_reward, pass_at
+
+EVOLUTION = {"eggroll": "low-rank noise", "openes": "full-rank noise"}
+FITNESS = {"mean": lambda c: mean_reward, "pass_at": lambda c: functools.partial(pass_at, c.k)}
 
 OPTIMIZERS = {"adam": optax.adam, "adamw": optax.adamw, "sgd": optax.sgd}
 SCHEDULES = {
@@ -32,7 +47,7 @@ _COUNTS = (
     *("problems", "eval_problems", "examples", "prompts", "samples", "budget", "slots", "workers"),
 )
 _POSITIVE = ("learning_rate", "decay", "sigma", "sigma_decay")
-_LEAST = {"seed": 0, "warm_start.steps": 0, "log_samples": 0}
+_LEAST = {"seed": 0, "warm_start.steps": 0, "log_samples": 0, "refills": 0}
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -93,7 +108,6 @@ def strategy(config: ml_collections.ConfigDict, rules: tuple[tuple[str, str], ..
       ConfigError: an unknown name, or settings that do not fit together.
     """
     c = config.es
-    rules = (("", "full"),) if config.method == "openes" else (*((pattern, "full") for pattern in c.full), *rules)
     try:
         return eggroll.strategy(
             optimizer(config),
@@ -109,3 +123,55 @@ def strategy(config: ml_collections.ConfigDict, rules: tuple[tuple[str, str], ..
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def learner(config: ml_collections.ConfigDict, model: LanguageModel, train: Prompts, stop: tuple[int, ...]) -> Learner:
+    """What a config's method is to the loop for language models.
+
+    Args:
+      train: the training problems.
+      stop: tokens that end an answer.
+
+    Raises:
+      ConfigError: an unknown name, or settings that do not fit together.
+    """
+    choose("method", config.method, EVOLUTION | PRESETS)
+    block = "es" if config.method in EVOLUTION else "gradient"
+    if block not in config:
+        raise ConfigError(
+            f"method {config.method} reads config.{block}, which this config does not have: start from a config of that kind, "
+            "such as configs/countdown_eggroll.py or configs/countdown_grpo.py"
+        )
+    if config.method in EVOLUTION:
+        return _evolution(config, model)
+    try:
+        return _gradient(config, model, train, stop)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def _evolution(config: ml_collections.ConfigDict, model: LanguageModel) -> Learner:
+    fitness = choose("fitness", config.fitness, FITNESS)(config)
+    fitness(np.zeros((1, config.samples)), np.zeros((1, config.samples), bool))  # its own errors, before the run
+    if config.refills or config.replay.name != "none":
+        raise ConfigError(
+            "evolution asks every member the same prompts once and learns from this generation alone; got config.refills = "
+            f"{config.refills} and config.replay.name = {config.replay.name!r}: set them to 0 and 'none'"
+        )
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    return evolution.learner(strategy(config, model.rules), fitness, key, common=config.common_random_numbers)
+
+
+def _gradient(config: ml_collections.ConfigDict, model: LanguageModel, train: Prompts, stop) -> Learner:
+    c = config.gradient.to_dict()
+    weight, tokens, clip = c["objective"].pop("weight"), c.pop("tokens"), c.pop("max_grad_norm")
+    objective = Objective(**c.pop("objective"), weight=weight and Weight(**weight))
+    options = tuple(c.pop("advantage_options").items())
+    settings = gradient.Settings(objective, advantage_options=options, temperature=config.sampling.temperature, **c)
+    if config.sampling.top_k or config.sampling.top_p < 1 or config.sampling.min_p:
+        raise ConfigError(
+            "policy gradients need samples of the policy itself; got sampling with top_k, top_p or min_p: set 0, 1.0 and 0.0"
+        )
+    shape = packing.shape(tokens, train.longest, config.budget)
+    tx = optax.chain(optax.clip_by_global_norm(clip), optimizer(config)) if clip else optimizer(config)
+    return gradient.learner(model, tx, settings, shape, train.ids, config.samples, config.seed, stop)

@@ -1,6 +1,5 @@
-"""Prompts of a step: every problem once per epoch, in an order of the epoch's own."""
+"""Problems with their token ids, and the requests that ask a policy or a population for their completions."""
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -48,21 +47,8 @@ def encode(problems: Sequence[Problem], tokenizer: Tokenizer) -> Prompts:
     return Prompts(list(problems), ids)
 
 
-def rows(seed: int, step: int, count: int, size: int) -> list[int]:
-    """Indices of the `count` problems of a step, counted from 0, among `size`.
-
-    Consecutive stretches of a permutation per epoch: no problem comes twice before all others have come.
-    """
-    return [int(_order(seed, place // size, size)[place % size]) for place in range(step * count, (step + 1) * count)]
-
-
-@functools.lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, size: int) -> np.ndarray:
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(size)
-
-
 def population_requests(
-    prompts: Prompts, members: int, samples: int, budget: int, step: int, *, common: bool = True
+    prompts: Prompts, members: int, samples: int, budget: int, first: int, *, common: bool = True
 ) -> Requests:
     """Every member answers every prompt `samples` times; row (m E + e) G + g is sample g of member m on prompt e.
 
@@ -70,14 +56,14 @@ def population_requests(
         members: M; 0 for the unperturbed mean alone (member -1, M = 1).
         samples: G per member and prompt.
         budget: most tokens of an answer.
-        step: part of every uid, so that no two steps share randomness.
+        first: uids count from it; a run never uses one twice if it goes on from the last one each time.
         common: whether members share the randomness of (prompt, sample), so that they differ by their weights alone.
     """
     rows, count = len(prompts) * samples, max(members, 1)
     prompt, length = pad(prompts.ids)
     each = lambda x: np.tile(np.repeat(x, samples, axis=0), (count,) + (1,) * (x.ndim - 1))
     of_row = np.tile(np.arange(rows), count) if common else np.arange(rows * count)
-    uid = (step * (rows if common else rows * count) + of_row) % 2**32
+    uid = (first + of_row) % 2**32
     member = np.repeat(np.arange(members, dtype=np.int32), rows) if members else np.full(rows, -1, np.int32)
     return Requests(each(prompt), each(length), np.full(rows * count, budget, np.int32), uid.astype(np.uint32), member)
 

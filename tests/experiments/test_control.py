@@ -300,10 +300,13 @@ def test_a_config_of_another_script_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_ant_smoke(tmp_path):
+def test_ant_smoke(tmp_path, monkeypatch):
     pytest.importorskip("brax")
+    make, made = envs.make, []
+    monkeypatch.setattr(envs, "make", lambda *args: made.append(make(*args)) or made[0])
     result = control.train(
         load("ant", [*TINY_ES, "max_steps=3", "es.members=4", "steps=2", "eval_episodes=2"]), tmp_path
     )
     assert result["env_steps"] == 2 * 4 * 3
     assert 0 < result["score"] < 9  # about 1 per step for being healthy
+    assert (made[0].observation_size, made[0].action) == (27, envs.Continuous((-1.0,) * 8, (1.0,) * 8))

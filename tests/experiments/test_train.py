@@ -9,10 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import build, train
-from rl import checkpoint, tasks
+from experiments import build, language, train
+from rl import checkpoint, slots, tasks
 from rl import config as config_lib
+from rl.data import replay, selection
 from rl.data.prompts import Prompts
+from rl.learners import evolution
 from rl.models import presets
 from rl.models.load import load
 from rl.models.tokenizer import Characters
@@ -20,7 +22,7 @@ from rl.rollout.engine import Settings
 from rl.run import Run, RunError
 from rl.tasks import countdown
 from rl.tasks.types import Problem, Verdict
-from rl.types import FINISHES, LENGTH, STOPPED, Rollouts, Scored
+from rl.types import FINISHES, LENGTH, STOPPED, Rollouts
 from tests.experiments import tiny_language
 from tests.experiments.tiny_train import (
     ALPHABET,
@@ -41,6 +43,16 @@ STORIES = Path(os.environ.get("EGGROLL_DATA", ROOT.parent / "shared" / "data")) 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     return save_start(tmp_path_factory.mktemp("start") / "model")
+
+
+def start_like(config, es, params):
+    """What a checkpoint of a run holds, in structure."""
+    picked = {name: slots.bind(f"rl.data.{name}", config[name]) for name in ("selection", "replay")}
+    pool = selection.Pool(config.task.problems, 0, lambda: None)
+    shape = replay.Shape(config.prompts, config.samples, config.budget, 0)
+    return train.State(
+        es.init(params, jax.random.key(0)), picked["selection"].init(pool), picked["replay"].init(shape), np.int64(0)
+    )
 
 
 # -- one run ---------------------------------------------------------------------------------------------------------
@@ -96,20 +108,22 @@ def test_a_step_by_its_parts(whole, tmp_path):
     workdir, config, _ = whole
     model, first, tokenizer = load(workdir / "warm_start")
     es = build.strategy(config, model.rules)
-    like = es.init(first, jax.random.key(0))
+    like = start_like(config, es, first)
     shutil.copytree(workdir / "checkpoints" / "0000000004", tmp_path / "0000000004")
     before, after = (checkpoint.restore(folder, like) for folder in (tmp_path, workdir / "checkpoints"))
     assert (before.step, after.step) == (4, 5)
     lines = [line for line in rows(workdir / "samples.jsonl") if line["step"] == 5]
     for line in (lines[0], lines[13], lines[31]):
-        params = jax.jit(es.member_params)(before.state, line["member"])
+        params = jax.jit(es.member_params)(before.state.learner, line["member"])
         assert greedy(model, params, tokenizer, line["prompt"], 4) == line["completion"]
     fitness = np.float32([line["reward"] for line in lines]).reshape(8, 4)
-    again, _ = jax.jit(es.update)(before.state, fitness)
-    for a, b in zip(*(jax.tree.leaves((s.params, s.opt_state)) for s in (again, after.state)), strict=True):
+    assert (before.state.asked, after.state.asked) == (4 * 32, 5 * 32)
+    again, _ = jax.jit(es.update)(before.state.learner, fitness)
+    for a, b in zip(*(jax.tree.leaves((s.params, s.opt_state)) for s in (again, after.state.learner)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     moved = [
-        np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (before.state.params, again.params)), strict=True)
+        np.abs(a - b).max()
+        for a, b in zip(*map(jax.tree.leaves, (before.state.learner.params, again.params)), strict=True)
     ]
     assert min(moved) > 1e-4
 
@@ -118,7 +132,7 @@ def test_before_and_after_by_an_independent_evaluation(whole):
     workdir, config, result = whole
     model, first, tokenizer = load(workdir / "warm_start")
     es = build.strategy(config, model.rules)
-    last = checkpoint.restore(workdir / "checkpoints", es.init(first, jax.random.key(0))).state.params
+    last = checkpoint.restore(workdir / "checkpoints", start_like(config, es, first)).state.learner.params
     value = np.array(
         [
             [
@@ -142,7 +156,7 @@ def test_a_finished_run_is_left_as_it_is(whole, monkeypatch):
     workdir, config, result = whole
     names = ("metrics.jsonl", "samples.jsonl", "result.json")
     before = [(workdir / name).read_bytes() for name in names]
-    monkeypatch.setattr(train.supervised, "fit", lambda *_, **__: pytest.fail("the warm start is cached"))
+    monkeypatch.setattr(language.supervised, "fit", lambda *_, **__: pytest.fail("the warm start is cached"))
     assert train.train(config, workdir) == result
     assert [(workdir / name).read_bytes() for name in names] == before
 
@@ -151,13 +165,13 @@ def test_a_finished_run_is_left_as_it_is(whole, monkeypatch):
 
 
 def test_the_warm_start_is_made_once_and_what_is_half_written_is_ignored(start, tmp_path, monkeypatch, capfd):
-    fit, calls = train.supervised.fit, []
+    fit, calls = language.supervised.fit, []
 
     def counted(*args, **kwargs):
         calls.append(kwargs["steps"])
         return fit(*args, **kwargs)
 
-    monkeypatch.setattr(train.supervised, "fit", counted)
+    monkeypatch.setattr(language.supervised, "fit", counted)
     config = config_of(start, "warm_start.steps=5", "steps=1")
     unfinished = tmp_path / "run" / "warm_start.writing"
     unfinished.mkdir(parents=True)
@@ -189,18 +203,18 @@ def test_a_warm_start_that_diverges_is_an_error_and_is_not_kept(start, tmp_path)
 
 def test_solutions_and_an_end_token_are_needed(start):
     config, task = config_of(start), tasks.make("countdown", **tiny_language.COUNTDOWN)
-    ids, length, prompt_length = train.lessons(config, task, Characters(ALPHABET))
+    ids, length, prompt_length = language.lessons(config, task, Characters(ALPHABET))
     first = problems("train", 10)[0]
     assert Characters(ALPHABET).decode(ids[0]) == first.prompt + first.solution
     assert (length[0], prompt_length[0]) == (len(first.prompt + first.solution) + 1, len(first.prompt))
     silent = task._replace(problems=lambda *args: [p._replace(solution="") for p in task.problems(*args)])
     with pytest.raises(config_lib.ConfigError, match="countdown has 10 problems without solution.*warm_start.steps=0"):
-        train.lessons(config, silent, Characters(ALPHABET))
-    assert train.lessons(config_of(start, "warm_start.steps=0"), silent, Characters(ALPHABET)) is None
+        language.lessons(config, silent, Characters(ALPHABET))
+    assert language.lessons(config_of(start, "warm_start.steps=0"), silent, Characters(ALPHABET)) is None
     endless = Characters(ALPHABET)
     endless.eos = None
     with pytest.raises(config_lib.ConfigError, match="the tokenizer's end token is None"):
-        train.lessons(config, task, endless)
+        language.lessons(config, task, endless)
 
 
 # -- resume ----------------------------------------------------------------------------------------------------------
@@ -248,8 +262,8 @@ def test_equal_answers_to_a_problem_are_judged_once():
     asked = np.array([0, 1, 0, 1, 1, 0, 1])
     problem = [Problem("x", "a", 7), Problem("y", "b", 8)]
     settings = Settings(slots=1, length=4, stop=(0,))
-    setup = train.Setup(None, None, Characters("ab"), None, settings, None, None, None, pool, None)
-    texts, scored = train.verdicts(setup, Prompts(problem, [[1], [2]]), asked, rollouts)
+    setup = language.Setup(None, None, Characters("ab"), None, None, None, settings, None, None, None, pool, None)
+    texts, scored = language.verdicts(setup, Prompts(problem, [[1], [2]]), asked, rollouts)
     assert texts == ["ab", "ab", "ab", "aba", "a", "ab", "a"]
     assert scored.parts["answer"].tolist() == [7, 8, 7, 8, 8, 7, 8] and scored.value.tolist() == [2, 2, 2, 3, 1, 2, 1]
     # Rows 0 and 2 are equal, rows 4 and 6 too; row 5 ends by its budget, so its tokens differ.
@@ -260,10 +274,10 @@ def test_fitness_by_hand(start):
     value = np.array([1, 0, 0.5, 1, 9, 0, 0, 0.5], float)  # 2 members x 2 prompts x 2 samples
     status = np.array(["ok"] * 4 + ["timeout"] + ["ok"] * 3)
     value[4] = 0
-    overrides = ["prompts=2", "samples=2"]
-    mean = train.fitness(config_of(start, *overrides), 2, Scored(value, status, {}))
+    value, ok = (x.reshape(2, 2, 2) for x in (value, status == "ok"))
+    mean = evolution.member_fitness(build.FITNESS["mean"](None), value, ok)
     np.testing.assert_array_equal(mean, np.float32([[0.5, 0.75], [0, 0.25]]))
-    passed = train.fitness(config_of(start, *overrides, "fitness=pass_at", "k=2"), 2, Scored(value, status, {}))
+    passed = evolution.member_fitness(build.FITNESS["pass_at"](config_of(start, "samples=2", "k=2")), value, ok)
     np.testing.assert_array_equal(
         passed, np.float32([[1, 1], [1, 0]])
     )  # member 1 has one sample of prompt 0: as member 0

@@ -103,7 +103,10 @@ def refused(start, workdir, *overrides, variant="", capfd):
 MISTAKES = {
     "task.name=countdwn": "unknown task 'countdwn'. Did you mean countdown?",
     "task.options.operands=(5,)": "config.task.options do not fit task countdown: not enough values to unpack",
-    "method=grpo": "unknown method 'grpo'; known: eggroll, openes",
+    "method=grpoo": "unknown method 'grpoo'; known: eggroll, openes, reinforce, grpo",
+    "method=grpo": "method grpo reads config.gradient, which this config does not have",
+    "refills=1": "got config.refills = 1 and config.replay.name = 'none'",
+    "refills=-1": "config.refills must be at least 0, not -1",
     "fitness=median": "unknown fitness 'median'; known: mean, pass_at",
     "fitness=pass_at k=3 samples=2": "needs 1 <= k <= samples per prompt; got k = 3 and 2 samples",
     "fitness=pass_at k=0": "got k = 0",

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rl.data.prompts import Prompts, completion_text, encode, population_requests, rows, split_solution
+from rl.data.prompts import Prompts, completion_text, encode, population_requests, split_solution
 from rl.models.tokenizer import Characters, HFTokenizer
 from rl.tasks.types import Problem, TaskError
 
@@ -17,30 +17,8 @@ def prompts(*ids):
     return Prompts([Problem(f"p{i}", "", None) for i in range(len(ids))], list(ids))
 
 
-def taken(seed, steps, count, size):
-    return [i for step in range(steps) for i in rows(seed, step, count, size)]
-
-
-@pytest.mark.parametrize(("count", "size"), [(4, 12), (5, 12), (7, 3), (1, 1), (12, 12)])
-def test_every_problem_once_per_epoch_also_across_steps(count, size):
-    steps = 3 * size  # a whole number of epochs for every count
-    order = taken(7, steps, count, size)
-    assert all(type(i) is int for i in order) and len(order) == steps * count
-    epochs = np.reshape(order, (-1, size))
-    assert (np.sort(epochs, axis=1) == np.arange(size)).all()
-    if size > 3:
-        assert len({tuple(epoch) for epoch in epochs}) > 1  # in an order of its own
-
-
-def test_rows_are_a_pure_function_of_seed_and_step():
-    backwards = [rows(3, step, 5, 12) for step in reversed(range(20))]
-    assert backwards[::-1] == [rows(3, step, 5, 12) for step in range(20)]
-    assert taken(3, 12, 5, 12) != taken(4, 12, 5, 12)
-    assert rows(3, 10**7, 5, 12) == rows(3, 10**7, 5, 12)  # far away costs nothing
-
-
 def test_the_layout_of_a_population_by_hand():
-    requests = population_requests(prompts([5, 6], [7]), members=2, samples=2, budget=9, step=0)
+    requests = population_requests(prompts([5, 6], [7]), members=2, samples=2, budget=9, first=0)
     #                          member 0                        member 1
     #                          prompt 0         prompt 1       prompt 0         prompt 1
     assert requests.prompt.tolist() == [[5, 6], [5, 6], [7, 0], [7, 0], [5, 6], [5, 6], [7, 0], [7, 0]]
@@ -48,9 +26,9 @@ def test_the_layout_of_a_population_by_hand():
     assert requests.member.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
     assert requests.uid.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
     assert requests.budget.tolist() == [9] * 8 and requests.done is None
-    own = population_requests(prompts([5, 6], [7]), members=2, samples=2, budget=9, step=0, common=False)
+    own = population_requests(prompts([5, 6], [7]), members=2, samples=2, budget=9, first=0, common=False)
     assert own.uid.tolist() == list(range(8)) and own.member.tolist() == requests.member.tolist()
-    mean = population_requests(prompts([5, 6], [7]), members=0, samples=1, budget=9, step=0)
+    mean = population_requests(prompts([5, 6], [7]), members=0, samples=1, budget=9, first=0)
     assert (mean.member.tolist(), mean.uid.tolist(), mean.prompt.tolist()) == ([-1, -1], [0, 1], [[5, 6], [7, 0]])
     types = {name: getattr(requests, name).dtype for name in ("prompt", "prompt_length", "budget", "uid", "member")}
     assert types.pop("uid") == np.uint32 and set(types.values()) == {np.dtype(np.int32)}
@@ -58,10 +36,12 @@ def test_the_layout_of_a_population_by_hand():
 
 @pytest.mark.parametrize("common", [True, False])
 def test_no_two_steps_share_randomness_until_names_run_out(common):
-    def uids(step):
-        return population_requests(prompts([1], [2], [3]), 4, 2, 5, step, common=common).uid.astype(np.int64)
-
     size = 6 if common else 24
+
+    def uids(step):
+        first = step * size
+        return population_requests(prompts([1], [2], [3]), 4, 2, 5, first, common=common).uid.astype(np.int64)
+
     seen = np.concatenate([np.unique(uids(step)) for step in range(10)])
     assert sorted(seen) == list(range(10 * size))
     # 2^32 is no multiple of 6: the step that reaches it wraps inside.

@@ -125,9 +125,3 @@ def test_brax_facts_and_steps():
     bound, beyond = push(jnp.full(1, 3.0))[1], push(jnp.full(1, 90.0))[1]
     np.testing.assert_array_equal(bound, beyond)
     assert np.abs(np.asarray(bound) - still).max() > 0.01
-
-
-def test_brax_ant_facts():
-    pytest.importorskip("brax")
-    env = envs.make("brax/ant")
-    assert (env.observation_size, env.action, env.max_steps) == (27, envs.Continuous((-1.0,) * 8, (1.0,) * 8), 1000)

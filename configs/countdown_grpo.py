@@ -1,0 +1,65 @@
+"""Countdown by policy gradients on verified reward, from the warm start of `configs/countdown_eggroll.py`.
+
+    python -m experiments.train --config=configs/countdown_grpo.py --workdir=runs/grpo
+    python -m experiments.train --config=configs/countdown_grpo.py:dapo --workdir=runs/dapo
+
+Every method of `rl.objectives.presets` is a variant.
+"""
+
+import ml_collections
+
+from configs.base import pick
+from configs.language import policy_gradient
+from rl import slots
+from rl.objectives.presets import PRESETS
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    """The recipe; GRPO without KL by default."""
+    special = {"dapo": _dapo, "vcpo": _vcpo, "remix": _remix, "dots_rr": _dots_rr}
+    return pick(variant, {name: special.get(name, lambda name=name: _base(name)) for name in ("grpo", *PRESETS)})
+
+
+def _base(method: str) -> ml_collections.ConfigDict:
+    config = policy_gradient(
+        "countdown",
+        method,
+        task_options={"numbers": (3, 3), "operands": (1, 30), "target": (1, 99), "operations": "+-*"},
+        budget=12,
+        steps=100,
+        samples=16,
+        learning_rate=3e-4,
+    )
+    config.task.problems = 16384
+    config.warm_start.update({"examples": 8192, "steps": 500})
+    config.engine.update({"slots": 512, "chunk": 4, "bucket": 12})
+    config.update({"prompts": 64, "eval_problems": 2048})
+    config.gradient.objective.kl = 0.0
+    return config
+
+
+def _dapo() -> ml_collections.ConfigDict:
+    config = _base("dapo")
+    config.refills, config.gradient.informative_only = 3, True
+    return config
+
+
+def _vcpo() -> ml_collections.ConfigDict:
+    config = _base("vcpo")
+    config.gradient.step_scale = 1.0
+    return config
+
+
+def _remix() -> ml_collections.ConfigDict:
+    config = _base("remix")
+    config.gradient.objective.kl = 1e-3
+    config.gradient.update({"epochs": 2, "kl_convex": True, "reincarnation": 50})
+    config.replay = slots.block("rl.data.replay", "recent", until=50)
+    return config
+
+
+def _dots_rr() -> ml_collections.ConfigDict:
+    config = _base("dots_rr")
+    config.selection = slots.block("rl.data.selection", "dots")
+    config.replay = slots.block("rl.data.replay", "fifo")
+    return config

@@ -1,0 +1,55 @@
+"""Evolution of a language model: every member of a population answers the same prompts; reward is its fitness."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+import eggroll
+from rl.learners.types import Answers, Learner, tree_bytes
+from rl.rewards.judge import fill_unjudged
+
+Fitness = Callable[
+    [np.ndarray, np.ndarray], np.ndarray
+]  # (value [..., G], ok [..., G]) -> [...], as `rl.rewards.judge`
+
+
+def learner(es: eggroll.Strategy, fitness: Fitness, key: jax.Array, *, common: bool = True) -> Learner:
+    """EGGROLL (or OpenES) on verified reward.
+
+    Fitness of member m on prompt p is `fitness` of the rewards of its G samples, which the strategy shapes; a sample that no
+    verifier could judge counts neither for nor against its member.
+
+    Args:
+        es: the strategy.
+        fitness: such as `rl.rewards.judge.mean_reward`.
+        key: of all noise.
+        common: whether members share the randomness of each (prompt, sample).
+    """
+    draw, update, members = jax.jit(es.draw), jax.jit(es.update, donate_argnums=0), es.population.size
+
+    def learn(state: eggroll.State, answers: Answers, replayed: None = None):
+        value, ok = (answers.by_member(x, members) for x in (answers.scored.value, answers.scored.ok))
+        return update(state, member_fitness(fitness, value, ok))
+
+    def plan(state: eggroll.State) -> str:
+        drawn = jax.eval_shape(es.draw, state)
+        own, noise = (
+            tree_bytes(x) / 2**20 for x in ((state.params, state.master, state.opt_state), (drawn.lefts, drawn.rights))
+        )
+        return f"state {own:.1f} MiB, noise {noise:.1f} MiB"
+
+    return Learner(
+        members=members,
+        common=common,
+        init=lambda params: es.init(params, key),
+        weights=lambda state: (draw(state), int(state.generation)),
+        mean=lambda state: state.params,
+        learn=learn,
+        plan=plan,
+    )
+
+
+def member_fitness(fitness: Fitness, value: np.ndarray, ok: np.ndarray) -> np.ndarray:
+    """f32 [M, P] from rewards [M, P, G] and whether each was judged; higher is better."""
+    return fill_unjudged(fitness(value, ok)).astype(np.float32)
