@@ -18,8 +18,8 @@ def kl(estimator: str, logp: Array, reference: Array) -> Array:
     All of it on-policy: tokens of an older policy estimate something else.
 
     Guards, as in verl: d is clamped to +-20 before the exponential and k3 to 10. A clamped token has no gradient, so k3 lets
-    go of tokens with d > 2.61 (e^2.61 - 3.61 = 10), where the policy has fallen to a fourteenth of the reference; k2 and
-    k3_straight hold on to them.
+    go of tokens with d > 2.61 (e^2.61 - 3.61 = 10), where the policy has fallen to a fourteenth of the reference, and of those
+    with d < -11; k2 and k3_straight hold on to them.
 
     Args:
         estimator: one of `ESTIMATORS`.

@@ -65,7 +65,7 @@ PRESETS: dict[str, Preset] = {
         Objective(low=0.2, high=0.2), "whitened_returns",
     ),
     "reinforce_pp_baseline": Preset(
-        "As reinforce_pp, A = R - group mean whitened over the batch's tokens; its KL, if any, is k2 in the loss.",
+        "As reinforce_pp (2501.03262), A = R - group mean whitened over the batch's tokens; its KL, if any, is k2 in the loss.",
         Objective(low=0.2, high=0.2, kl_estimator="k2"), "whitened_group_mean",
     ),
     "cispo": Preset(
