@@ -62,7 +62,7 @@ def set_up(config: ml_collections.ConfigDict, task: tasks.Task, pool: Pool) -> t
         train = data.encode(task.problems("train", config.task.problems, config.seed), tokenizer)
         test = data.encode(task.problems("test", config.eval_problems, 0), tokenizer)
         learnt = lessons(config, task, tokenizer)
-        ends = tuple(token for token in dict.fromkeys((tokenizer.eos, tokenizer.bos)) if token is not None)
+        ends = tuple(token for token in dict.fromkeys((*tokenizer.ends, tokenizer.bos)) if token is not None)
         method = build.learner(config, model, train, ends)
         jax.eval_shape(method.init, params)
         if config.samples > 1 and config.sampling.temperature == 0:
