@@ -34,8 +34,9 @@ def batch(name, seed=0, spread=0.3):
     draw = lambda scale, around=0.0: (around + scale * random.normal(size=(N, L))).astype(np.float32)
     behaviour = -np.abs(draw(1.0, -1.0))
     mask = np.arange(L) < random.permutation(np.resize(np.arange(L + 1), N))[:, None]
+    mask[N - 1] = True
     rewards, ok = verdicts(seed)
-    counted = np.arange(N) != N - 1
+    counted = np.arange(N) != N - 1  # a row that does not exist says otherwise
     credit = Credit(
         mask=mask, advantage=np.asarray(ADVANTAGES[PRESETS[name].advantage](rewards, ok, mask)), behaviour=behaviour,
         proximal=behaviour + draw(spread), reference=behaviour + draw(spread), counted=counted,
@@ -63,6 +64,13 @@ def live(credit):
     return np.asarray(credit.mask & credit.counted[:, None])
 
 
+def poisoned(inputs, poison):
+    logp, entropy, credit = inputs
+    real = live(credit)
+    dirty = lambda x: x if x is None or x.dtype == bool else jnp.where(real, x, poison)
+    return dirty(logp), dirty(entropy), Credit(*map(dirty, credit))
+
+
 def assert_finite(tree):
     for leaf in jax.tree.leaves(tree):
         assert np.isfinite(np.asarray(leaf, np.float32)).all()
@@ -82,8 +90,8 @@ def test_compiles_once_and_means_what_it_means_without(name):
     size = run._cache_size()
     run(*batch(name, 1))
     assert run._cache_size() == size
-    with jax.disable_jit():
-        plain = run(*batch(name, 0))
+    with jax.disable_jit():  # with NaN where masked: compiling turns 0 * NaN into 0
+        plain = run(*poisoned(batch(name, 0), np.nan))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), first, plain)
     assert_finite(first)
     assert np.abs(first[1][0]).max() > 1e-5  # it would move something
@@ -153,9 +161,9 @@ def test_masked_tokens_have_exactly_no_gradient_and_no_say(name):
     result = compiled(name)(logp, entropy, credit)
     for gradient in result[1]:
         assert (np.asarray(gradient)[~real] == 0).all()
+    assert float(result[2].log_weight[N - 1]) == 0
     for poison in (np.nan, np.inf, 1e30):
-        dirty = lambda x, poison=poison: x if x is None or x.dtype == bool else jnp.where(real, x, poison)
-        found = compiled(name)(dirty(logp), dirty(entropy), Credit(*map(dirty, credit)))
+        found = compiled(name)(*poisoned((logp, entropy, credit), poison))
         jax.tree.map(np.testing.assert_array_equal, found, result)
 
 

@@ -150,12 +150,14 @@ def test_degenerate_groups_are_never_stored():
 
 
 def test_a_problem_keeps_its_newest_group_and_goes_to_the_back():
-    method = slot("fifo", capacity=3)
-    batches = [groups([1, 2, 3]), groups([1], step=1), groups([4], step=2)]
+    method = slot("fifo", capacity=4)
+    batches = [groups([1, 2, 3]), groups([2], step=1), groups([4], step=2)]
     state, _ = filled(method, method.init(Shape(3, 2, L, 0)), batches)
-    assert stored(state) == [3, 1, 4]  # 2 was the oldest
-    kept = state["groups"].take(np.flatnonzero(state["groups"].problem == 1))
-    assert kept.size == 1 and kept.version[0, 0, 0] == 1 and kept.logp[0, 0, 0] == np.float32(-1.101)
+    assert stored(state) == [1, 3, 2, 4]
+    kept = state["groups"].take(np.flatnonzero(state["groups"].problem == 2))
+    assert kept.size == 1 and kept.version[0, 0, 0] == 1 and kept.logp[0, 0, 0] == np.float32(-2.101)
+    state, _ = method.update(state, 3, groups([5]))
+    assert stored(state) == [3, 2, 4, 5]
 
 
 def test_a_degenerate_newest_group_leaves_the_older_one():
@@ -196,11 +198,11 @@ def test_half_of_a_batch_is_replayed_as_far_as_there_is(count, fresh):
             assert (drawn.groups.tokens[i][drawn.groups.mask[i]] == problem + 1).all()
 
 
-@pytest.mark.parametrize("share", [0.1, 0.3, 0.7])
-def test_fractions_that_f64_cannot_hold_round_as_numbers_do(share):
-    method = slot("fifo", fresh=share, capacity=10)
-    state, _ = method.update(method.init(Shape(10, 2, L, 0)), 0, groups(range(10)))
-    assert method.apply(state, 1, 10).fresh == round(10 * share)  # 0.1 * 10 and 0.7 * 10 are whole numbers
+@pytest.mark.parametrize(("share", "count", "fresh"), [(0.55, 100, 55), (0.14, 50, 7), (0.1, 10, 1), (0.56, 100, 56)])
+def test_fractions_that_f64_cannot_hold_round_as_numbers_do(share, count, fresh):
+    method = slot("fifo", fresh=share, capacity=count)
+    state, _ = method.update(method.init(Shape(count, 2, L, 0)), 0, groups(range(count)))
+    assert method.apply(state, 1, count).fresh == fresh  # 0.55 * 100 is above 55 in f64
 
 
 def test_draws_are_uniform_and_independent_of_the_step_before():
