@@ -4,9 +4,11 @@ N rows, P tokens of the longest prompt, L tokens of the longest completion; arra
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Self
 
+import jax
 import numpy as np
 
 ABORTED, STOPPED, LENGTH = 0, 1, 2  # why a row ended: it did not (interrupted), a stop token, its budget
@@ -189,6 +191,117 @@ class Scored:
     def take(self, rows: np.ndarray) -> Self:
         """Some rows, in the order given."""
         return Scored(self.value[rows], self.status[rows], {name: part[rows] for name, part in self.parts.items()})
+
+    @classmethod
+    def join(cls, tables: Sequence[Self]) -> Self:
+        """All rows of several tables, one after the other; a part that a table lacks is NaN there."""
+        names = dict.fromkeys(name for table in tables for name in table.parts)
+        part = lambda table, name: table.parts.get(name, np.full(len(table.value), np.nan))
+        return cls(
+            np.concatenate([table.value for table in tables]), np.concatenate([table.status for table in tables]),
+            {name: np.concatenate([part(table, name) for table in tables]) for name in names},
+        )  # fmt: skip
+
+
+@functools.partial(jax.tree_util.register_dataclass, meta_fields=("longest",), data_fields=(
+    "ids", "segments", "used", "source", "row", "offset", "prompt_length", "length", "mask", "advantage", "behaviour",
+    "proximal", "reference", "previous", "share", "counted", "experts",
+))  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class TrainBatch:
+    """What a gradient is made from: N sequences in M micro-batches of R packed rows of C tokens and up to n sequences each.
+
+    Made by `rl.data.packing.micro_batches`; `spread` and `gathered` go between the N rows and the micro-batches.
+
+    Attributes:
+        ids: i32 [M, R, C], 0 in padding.
+        segments: i32 [M, R, C], the place in 0 .. n - 1 of each token's sequence; -1 in padding.
+        used: i32, micro-batches that hold anything; the others are never looked at.
+        source: i32 [M, n], which of the N sequences sits there; -1: none.
+        row, offset: i32 [M, n], row and column of each sequence's first token.
+        prompt_length, length: i32 [M, n], tokens of prompt and completion; 0 where there is none.
+        longest: L, columns of everything per completion token.
+        mask: bool [M, n, L], tokens that count, as advantage.
+        advantage: f32 [M, n, L].
+        behaviour: f32 [M, n, L], log-probability of each token when it was sampled.
+        proximal: f32 [M, n, L], log-probability under the policy the update starts from; None: under the policy itself.
+        reference, previous: f32 [M, n, L], log-probability under policies to stay close to, or None.
+        share: f32 [M, n], of the reference beside `previous`, or None.
+        counted: bool [M, n], whether a sequence counts in means over sequences.
+        experts: integers [M, R, layers, C, k], forced in a mixture of experts; -1: the router decides; None: always.
+    """
+
+    ids: np.ndarray
+    segments: np.ndarray
+    used: np.ndarray
+    source: np.ndarray
+    row: np.ndarray
+    offset: np.ndarray
+    prompt_length: np.ndarray
+    length: np.ndarray
+    longest: int
+    mask: np.ndarray | None = None
+    advantage: np.ndarray | None = None
+    behaviour: np.ndarray | None = None
+    proximal: np.ndarray | None = None
+    reference: np.ndarray | None = None
+    previous: np.ndarray | None = None
+    share: np.ndarray | None = None
+    counted: np.ndarray | None = None
+    experts: np.ndarray | None = None
+
+    def spread(self, x: np.ndarray) -> np.ndarray:
+        """[N, ...] -> [M, n, ...], 0 where there is no sequence."""
+        x = np.asarray(x)
+        if len(x) != (self.source >= 0).sum():
+            raise ValueError(f"there must be one row per sequence, {(self.source >= 0).sum()}; got {len(x)}")
+        out = np.zeros((*self.source.shape, *x.shape[1:]), x.dtype)
+        out[self.source >= 0] = x[self.source[self.source >= 0]]
+        return out
+
+    def gathered(self, x: np.ndarray) -> np.ndarray:
+        """[M, n, ...] -> [N, ...], the inverse of `spread`."""
+        real = self.source >= 0
+        out = np.empty((int(real.sum()), *x.shape[2:]), x.dtype)
+        out[self.source[real]] = np.asarray(x)[real]
+        return out
+
+    def credit(
+        self, mask: np.ndarray, advantage: np.ndarray, behaviour: np.ndarray, *,
+        proximal: np.ndarray | None = None, reference: np.ndarray | None = None, previous: np.ndarray | None = None,
+        share: np.ndarray | None = None, counted: np.ndarray | None = None,
+    ) -> Self:  # fmt: skip
+        """With what the N completions are worth: all [N, L'], share and counted (None: all) [N], advantage either.
+
+        Raises:
+            ValueError: something missing, of another shape, or a mask that is not False after each completion.
+        """
+        mask, tokens = np.asarray(mask, bool), self.gathered(self.length)
+        if mask.ndim != 2 or len(mask) != len(tokens) or (mask & (np.arange(mask.shape[1]) >= tokens[:, None])).any():
+            raise ValueError(
+                f"mask must have a row for each of {len(tokens)} completions and be False after its last token; got shape "
+                f"{mask.shape}"
+            )
+        advantage = np.asarray(advantage)
+        if advantage.shape == mask.shape[:1]:
+            advantage = np.broadcast_to(advantage[:, None], mask.shape)
+
+        def column(name, x):
+            if np.shape(x) != mask.shape:
+                raise ValueError(f"{name} must have one number per completion token, {mask.shape}; got {np.shape(x)}")
+            x = np.asarray(x)[:, : self.longest]
+            return self.spread(np.pad(x, ((0, 0), (0, self.longest - x.shape[1]))))
+
+        numbers = {"advantage": advantage, "behaviour": behaviour}
+        optional = {"proximal": proximal, "reference": reference, "previous": previous}
+        numbers |= {name: x for name, x in optional.items() if x is not None}
+        rows = {"counted": np.ones(len(mask), bool) if counted is None else np.asarray(counted, bool)}
+        if share is not None:
+            rows["share"] = np.asarray(share, np.float32)
+        return dataclasses.replace(
+            self, mask=column("mask", mask), **{name: column(name, x).astype(np.float32) for name, x in numbers.items()},
+            **{name: self.spread(x) for name, x in rows.items()},
+        )  # fmt: skip
 
 
 def pad(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

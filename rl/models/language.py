@@ -20,13 +20,17 @@ class LanguageModel(NamedTuple):
         config: `TransformerConfig` or `RWKV7Config`, frozen, with `vocab`, `layers`, `width`, `dtype`, `scan_layers`.
         init: key -> params, a nested dict; kernels are [in, out], stacked [layers, ...] where `scan_layers`.
         empty: length -> cache of one sequence of at most so many tokens (the length means nothing to RWKV).
-        forward: (params, ids [L] i32, cache=None, start=0, count=None, experts=None) -> (hidden [L, width], cache).
+        forward: (params, ids [L] i32, cache=None, start=0, count=None, experts=None, segments=None) -> (hidden [L, width],
+            cache).
             ids are the tokens at positions start .. start + count - 1; entries from `count` (default L) on are padding, which
             leaves no trace in the cache and whose hidden rows mean nothing. Without a cache: a whole sequence from position
             0, the form for training and scoring, and the cache returned is None. With one: as many further tokens as given.
             A token beyond the cache's length is not stored; check lengths before.
-            experts: [layers, L, k] i32 forces the experts of every token (mixture-of-experts models only); rows of layers
-            without experts are ignored.
+            experts: integers [layers, L, k] force the experts of every token (mixture-of-experts models only); -1 leaves a
+            token to the router, and rows of layers without experts are ignored. Ids beyond the experts: a ValueError, or NaN
+            where they are not concrete.
+            segments: [L] i32 packs several sequences into one row, without a cache: neighbours of equal number are one
+            sequence from its position 0 on, which sees nothing of the others; numbers must not return. -1 is padding.
         routed: as forward, -> (hidden, cache, experts [layers, L, k] i32): also which experts were used, -1 in layers without.
             None for models without experts.
         head: (params, hidden [..., width]) -> logits [..., vocab], f32 (f64 for an f64 model).
@@ -40,6 +44,25 @@ class LanguageModel(NamedTuple):
     routed: Callable[..., tuple[jax.Array, Cache | None, jax.Array]] | None
     head: Callable[[Params, jax.Array], jax.Array]
     rules: tuple[tuple[str, str], ...]
+
+
+def segment_starts(segments: jax.Array) -> jax.Array:
+    """bool [L], whether a token is the first of its segment."""
+    return jnp.concatenate([jnp.ones(1, bool), segments[1:] != segments[:-1]])
+
+
+def segment_positions(segments: jax.Array) -> jax.Array:
+    """i32 [L], the place of each token inside its segment."""
+    place = jnp.arange(len(segments), dtype=jnp.int32)
+    return place - jax.lax.cummax(jnp.where(segment_starts(segments), place, 0))
+
+
+def check_segments(ids: jax.Array, segments: jax.Array, cache: Cache | None) -> None:
+    """Raises ValueError where segments are not one number per token, or come with a cache."""
+    if jnp.shape(segments) != jnp.shape(ids):
+        raise ValueError(f"segments must have one number per token, {jnp.shape(ids)}; got shape {jnp.shape(segments)}")
+    if cache is not None:
+        raise ValueError("packed rows have no cache: leave out either the cache or the segments")
 
 
 def stack_layers(params: Params) -> Params:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from rl.models import delta
-from rl.models.language import LanguageModel, stacked_rules
+from rl.models.language import LanguageModel, check_segments, segment_starts, stacked_rules
 
 _DTYPES = ("float32", "bfloat16", "float64")
 _NORM_EPSILON = 1e-5
@@ -30,6 +30,7 @@ class RWKV7Config:
         chunk: tokens per chunk of the parallel form, at most 64; changes no number beyond rounding.
         scan_layers: parameters and state stacked over layers and one traced layer; else a Python loop. Stacked, layer 0 has
             value-mixing parameters that nothing depends on.
+        remat: gradients make each layer's activations again instead of keeping them.
         dtype: of parameters and activations; state, norms, decay and logits are at least f32.
     """
 
@@ -44,6 +45,7 @@ class RWKV7Config:
     gate_rank: int = 128
     chunk: int = 32
     scan_layers: bool = False
+    remat: bool = False
     dtype: str = "float32"
 
     def __post_init__(self):
@@ -70,12 +72,14 @@ def build(config: RWKV7Config) -> LanguageModel:
     module = RWKV7(config)
     start_up = lambda key: module.init(key, jnp.zeros(1, jnp.int32), method="whole")["params"]
 
-    def forward(params, ids, cache=None, start=0, count=None, experts=None):
+    def forward(params, ids, cache=None, start=0, count=None, experts=None, segments=None):
         del start  # the state knows what came before
+        if segments is not None:
+            check_segments(ids, segments, cache)
         if experts is not None:
             raise ValueError("experts can only be forced in a mixture of experts; this model has none: leave them out")
         state = empty(config, 0) if cache is None else cache
-        hidden, state = module.apply({"params": params}, ids, state, len(ids) if count is None else count)
+        hidden, state = module.apply({"params": params}, ids, state, len(ids) if count is None else count, segments)
         return hidden, None if cache is None else state
 
     return LanguageModel(
@@ -111,27 +115,28 @@ class RWKV7(nn.Module):
         c = self.config
         self.embed = nn.Embed(c.vocab, c.width, c.dtype, c.dtype, embedding_init=nn.initializers.normal(0.02))
         self.norm0, self.norm = LayerNorm(c), LayerNorm(c)
+        layer = nn.remat(Layer, prevent_cse=not c.scan_layers) if c.remat else Layer
         if c.scan_layers:
             scanned = nn.scan(
-                Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers,
-                in_axes=(0, 0, nn.broadcast), out_axes=0,
+                layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers,
+                in_axes=(0, 0, nn.broadcast, nn.broadcast), out_axes=0,
             )  # fmt: skip
             self.layers = scanned(c, mixes_values=True)
         else:
-            self.layer = [Layer(c, mixes_values=i > 0) for i in range(c.layers)]
+            self.layer = [layer(c, mixes_values=i > 0) for i in range(c.layers)]
         self.head = Head(c)
 
-    def __call__(self, ids, cache, count):
+    def __call__(self, ids, cache, count, segments=None):
         """(hidden [L, width], state after `count` tokens)."""
         c = self.config
         x = self.norm0(self.embed(ids))
         carry = (x, jnp.zeros_like(x))
         if c.scan_layers:
-            carry, cache = self.layers(carry, cache, jnp.arange(c.layers) == 0, count)
+            carry, cache = self.layers(carry, cache, jnp.arange(c.layers) == 0, count, segments)
             return self.norm(carry[0]), cache
         past = []
         for i, layer in enumerate(self.layer):
-            carry, state = layer(carry, cache[i], i == 0, count)
+            carry, state = layer(carry, cache[i], i == 0, count, segments)
             past.append(state)
         return self.norm(carry[0]), tuple(past)
 
@@ -182,25 +187,29 @@ class Layer(nn.Module):
     mixes_values: bool
 
     @nn.compact
-    def __call__(self, carry, past, first, count):
+    def __call__(self, carry, past, first, count, segments=None):
         """carry (x [L, width], layer 0's values [L, width]); past: this layer's state; first: whether this is layer 0."""
         c, (x, v_first) = self.config, carry
         normed = LayerNorm(c, name="norm1")(x)
-        before, time_shift = shift(normed, past["time_shift"], count)
+        before, time_shift = shift(normed, past["time_shift"], count, segments)
         mixed, v_first, state = TimeMix(c, self.mixes_values, name="time")(
-            normed, before, v_first, past["state"], first, count
+            normed, before, v_first, past["state"], first, count, segments
         )
         x = x + mixed
         normed = LayerNorm(c, name="norm2")(x)
-        before, channel_shift = shift(normed, past["channel_shift"], count)
+        before, channel_shift = shift(normed, past["channel_shift"], count, segments)
         x = x + ChannelMix(c, name="channel")(normed, before)
         return (x, v_first), {"time_shift": time_shift, "channel_shift": channel_shift, "state": state}
 
 
-def shift(x: Array, carried: Array, count: Array | int) -> tuple[Array, Array]:
-    """(the previous token's x [L, C], the x to carry: of token count - 1, or as it was where count is 0)."""
+def shift(x: Array, carried: Array, count: Array | int, segments: Array | None) -> tuple[Array, Array]:
+    """(the previous token's x [L, C], the x to carry: of token count - 1, or as it was where count is 0).
+
+    The first token of a segment has zeros before it.
+    """
     line = jnp.concatenate([carried.astype(x.dtype)[None], x])
-    return line[:-1], jax.lax.dynamic_index_in_dim(line, count, keepdims=False).astype(carried.dtype)
+    before = line[:-1] if segments is None else jnp.where(segment_starts(segments)[:, None], 0, line[:-1])
+    return before, jax.lax.dynamic_index_in_dim(line, count, keepdims=False).astype(carried.dtype)
 
 
 def dense(config: RWKV7Config, size: int, name: str, into_residual: bool = False) -> nn.Dense:
@@ -241,7 +250,7 @@ class TimeMix(nn.Module):
         return inner(x @ first) @ second
 
     @nn.compact
-    def __call__(self, x, before, v_first, state, first, count):
+    def __call__(self, x, before, v_first, state, first, count, segments=None):
         """Returns ([L, width], layer 0's values [L, width], state after `count` tokens)."""
         c = self.config
         mixed = {z: x + (before - x) * self._vector(f"x_{z}", 0.5) for z in "rwkvag"}
@@ -259,7 +268,7 @@ class TimeMix(nn.Module):
         kk = kk * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(kk), -1, keepdims=True), 1e-24))  # |kk| at least 1e-12
         k = heads(k * (1 + (a - 1) * self._vector("k_a", 1.0)))
         r, v, b, w = heads(r), heads(v), kk * heads(a), heads(w)
-        o, state = _mix(c, state, r, w, k, v, kk, b, count)
+        o, state = _mix(c, state, r, w, k, v, kk, b, count, segments)
         o = LayerNorm(c, c.heads, _HEAD_NORM_EPSILON, name="norm")(o.reshape(len(x), c.width))
         r_k = self.param("r_k", nn.initializers.zeros, (c.heads, c.head_dim), c.dtype)
         o = o + (jnp.sum(r * k * r_k, -1, keepdims=True) * v).reshape(len(x), c.width)
@@ -272,12 +281,12 @@ def _initial_decay(key: Array, shape: tuple[int, ...], dtype) -> Array:
     return jnp.linspace(-6.0, -1.0, *shape).astype(dtype)
 
 
-def _mix(config: RWKV7Config, state, r, w, k, v, kk, b, count) -> tuple[Array, Array]:
+def _mix(config: RWKV7Config, state, r, w, k, v, kk, b, count, segments) -> tuple[Array, Array]:
     """The recurrence over L tokens of which `count` are real: padding decays by 1, removes and adds nothing."""
     real = (jnp.arange(len(r)) < count)[:, None, None]
     w, k, b = jnp.where(real, w, 1), jnp.where(real, k, 0), jnp.where(real, b, 0)
     if len(r) == 1:
         state, o = delta.step(state, r[0], w[0], k[0], v[0], kk[0], b[0])
         return o[None], state
-    state, o = delta.chunked(state, r, w, k, v, kk, b, config.chunk)
+    state, o = delta.chunked(state, r, w, k, v, kk, b, config.chunk, segments)
     return o, state

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import flax.linen as nn
@@ -10,11 +11,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from kernels import decode_attention
-from rl.models.experts import Experts
-from rl.models.language import LanguageModel, stacked_rules
+from rl.models.experts import Experts, check_forced
+from rl.models.language import LanguageModel, check_segments, segment_positions, stacked_rules
 from rl.models.rope import Rope, rotate, rotation
 
 _DTYPES = ("float32", "bfloat16", "float64")
+_CPU_BLOCK, _BLOCK = 64, 512  # queries whose scores exist at one time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,8 @@ class TransformerConfig:
         normalise_experts: the chosen experts' weights are rescaled to sum to 1.
         dense_layers: layers that keep the plain MLP although experts > 0.
         scan_layers: parameters and cache stacked over layers and one traced layer; else a Python loop.
+        remat: gradients make each layer's activations again instead of keeping them: a third more arithmetic, and memory of one
+            layer (and of one residual per layer) instead of all.
         dtype: of parameters, activations and cache; norms, softmax and logits are at least f32.
     """
 
@@ -59,6 +63,7 @@ class TransformerConfig:
     normalise_experts: bool = False
     dense_layers: tuple[int, ...] = ()
     scan_layers: bool = False
+    remat: bool = False
     dtype: str = "float32"
 
     def __post_init__(self):
@@ -89,14 +94,19 @@ def build(config: TransformerConfig) -> LanguageModel:
     module = Transformer(config)
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros(1, jnp.int32), method="whole")["params"])
 
-    def routed(params, ids, cache=None, start=0, count=None, experts=None):
+    def routed(params, ids, cache=None, start=0, count=None, experts=None, segments=None):
         count = len(ids) if count is None else count
-        return module.apply({"params": params}, ids, cache, start, count, experts)
+        if segments is not None:
+            check_segments(ids, segments, cache)
+            _check_packable(config, len(ids))
+        if experts is not None:
+            check_forced(experts, config.experts, (config.layers, len(ids), config.experts_per_token))
+        return module.apply({"params": params}, ids, cache, start, count, experts, segments)
 
-    def forward(params, ids, cache=None, start=0, count=None, experts=None):
+    def forward(params, ids, cache=None, start=0, count=None, experts=None, segments=None):
         if experts is not None and not config.experts:
             raise ValueError("experts can only be forced in a mixture of experts; this model has none: leave them out")
-        return routed(params, ids, cache, start, count, experts)[:2]
+        return routed(params, ids, cache, start, count, experts, segments)[:2]
 
     return LanguageModel(
         config=config,
@@ -107,6 +117,14 @@ def build(config: TransformerConfig) -> LanguageModel:
         head=lambda params, hidden: module.apply({"params": params}, hidden, method="logits"),
         rules=stacked_rules(shapes, {"experts_gate": "sio", "experts_up": "sio", "experts_down": "sio"}),
     )
+
+
+def _check_packable(config: TransformerConfig, length: int) -> None:
+    if config.rope.type == "dynamic" and length > config.max_length:
+        raise ValueError(
+            f"a packed row must fit the model's {config.max_length} tokens where the rotary embedding is 'dynamic', whose "
+            f"frequencies depend on each sequence's length beyond that; got {length}: pack into shorter rows"
+        )
 
 
 def _empty(config: TransformerConfig, length: int):
@@ -125,24 +143,26 @@ class Transformer(nn.Module):
         """Makes the parts."""
         c = self.config
         self.embed = nn.Embed(c.vocab, c.width, c.dtype, c.dtype, embedding_init=nn.initializers.normal(0.02))
+        layer = nn.remat(Layer, prevent_cse=not c.scan_layers) if c.remat else Layer
         if c.scan_layers:
             scanned = nn.scan(
-                Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers,
+                layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers,
                 in_axes=(nn.broadcast, 0, 0), out_axes=0,
             )  # fmt: skip
             self.layers = scanned(c, c.experts > 0)
         else:
-            self.layer = [Layer(c, c.sparse(i)) for i in range(c.layers)]
+            self.layer = [layer(c, c.sparse(i)) for i in range(c.layers)]
         self.norm = RMSNorm(c)
         if not c.tied:
             self.head = Kernel((c.width, c.vocab), c.dtype)
 
-    def __call__(self, ids, cache, start, count, experts):
+    def __call__(self, ids, cache, start, count, experts, segments=None):
         """(hidden [L, width], cache, experts [layers, L, k] or None); arguments as `LanguageModel.forward`."""
         c = self.config
         positions = start + jnp.arange(len(ids))
-        angles = rotation(c.rope, c.head_dim, c.max_length, positions, start + count)
-        span = (angles, positions, start + count)
+        turned = positions if segments is None else segment_positions(segments)
+        angles = rotation(c.rope, c.head_dim, c.max_length, turned, start + count)
+        span = (angles, positions, start + count, segments)
         x = self.embed(ids)
         if c.scan_layers:
             (x, cache), chosen = self.layers((x, cache), span, jnp.arange(c.layers), experts)
@@ -243,23 +263,23 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, span, index, cache):
-        """x [L, width] -> ([L, width], cache); span is ((cos, sin), positions [L], start + count)."""
-        c, (angles, positions, filled) = self.config, span
+        """x [L, width] -> ([L, width], cache); span is ((cos, sin), positions [L], start + count, segments [L] or None)."""
+        c, (angles, positions, filled, segments) = self.config, span
         heads = lambda name, n: dense(c, n * c.head_dim, c.qkv_bias, name)(x).reshape(len(x), n, c.head_dim)
         q, k, v = heads("query", c.heads), heads("key", c.kv_heads), heads("value", c.kv_heads)
         if c.qk_norm:
             q, k = RMSNorm(c, name="query_norm")(q), RMSNorm(c, name="key_norm")(k)
         q, k = rotate(q, *angles), rotate(k, *angles)
         if cache is None:
-            k, v = k.transpose(1, 2, 0), v.transpose(1, 2, 0)
+            out = attend_whole(q, k.transpose(1, 2, 0), v.transpose(1, 2, 0), filled, segments)
         else:
             cache = {
                 "k": store(cache["k"], k, index, positions, filled),
                 "v": store(cache["v"], v, index, positions, filled),
             }
             k, v = (cache[name] if index is None else cache[name][index] for name in ("k", "v"))
-        out = attend(q, k, v, positions, filled).reshape(len(x), c.heads * c.head_dim)
-        return dense(c, c.width, c.out_bias, "out", into_residual=True)(out), cache
+            out = attend(q, k, v, positions, filled)
+        return dense(c, c.width, c.out_bias, "out", into_residual=True)(out.reshape(len(x), -1)), cache
 
 
 def store(cache: Array, rows: Array, index: Array | None, positions: Array, filled: Array) -> Array:
@@ -274,24 +294,49 @@ def store(cache: Array, rows: Array, index: Array | None, positions: Array, fill
     return cache.at[(index, *place)].set(rows.astype(cache.dtype), mode="drop")
 
 
-def attend(q: Array, k: Array, v: Array, positions: Array, filled: Array | int) -> Array:
+def attend_whole(q: Array, k: Array, v: Array, filled: Array | int, segments: Array | None) -> Array:
+    """`attend` of a sequence to itself, in blocks of queries: none meets the keys after its block.
+
+    Blocks halve the arithmetic and the memory of scores, and on a CPU keep a block's scores in cache.
+
+    Args:
+        q: [L, heads, d].
+        k, v: [kv_heads, d, L].
+        segments: [L], see `LanguageModel.forward`.
+    """
+    length = len(q)
+    blocks = -(-length // (_CPU_BLOCK if jax.default_backend() == "cpu" else _BLOCK))
+    edges = [length * i // blocks for i in range(blocks + 1)]
+    of = lambda a, b: None if segments is None else (segments[a:b], segments[:b])
+    parts = [
+        attend(q[a:b], k[..., :b], v[..., :b], jnp.arange(a, b), filled, of(a, b)) for a, b in itertools.pairwise(edges)
+    ]
+    return parts[0] if blocks == 1 else jnp.concatenate(parts)
+
+
+def attend(
+    q: Array, k: Array, v: Array, positions: Array, filled: Array | int, segments: tuple[Array, Array] | None = None
+) -> Array:
     """softmax(q k^T / sqrt(d)) v over keys 0 .. position, scores and softmax in f32 or wider.
 
     Args:
         q: [L, heads, d], head h reads key-value head h // (heads / kv_heads).
         k, v: [kv_heads, d, T]; entries from `filled` on are never read: they may be NaN.
         positions: [L] of the queries.
+        segments: of the queries [L] and of the keys [T]; only keys of a query's own segment are read.
 
     Returns:
         [L, heads, d].
     """
     length, heads, size = q.shape
-    if length == 1:
+    if length == 1 and segments is None:
         return decode_attention.attend(q[0], k, v, jnp.minimum(positions[0] + 1, filled))[None]
     wide = jnp.promote_types(q.dtype, jnp.float32)
     grouped = q.reshape(length, k.shape[0], heads // k.shape[0], size).transpose(1, 2, 0, 3)
     keys = jnp.arange(k.shape[-1])
     seen = (keys <= positions[:, None]) & (keys < filled)
+    if segments is not None:
+        seen &= segments[0][:, None] == segments[1]
     scores = jnp.einsum("grld,gdt->grlt", grouped, k, preferred_element_type=wide) * size**-0.5
     weights = nn.softmax(jnp.where(seen, scores, jnp.finfo(wide).min), axis=-1)
     values = jnp.where(keys < filled, v, 0)

@@ -1,0 +1,93 @@
+"""Adapters by hand, against the full gradient, and in training."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rl import lora
+from rl.estimate import estimate
+from rl.objectives.policy_gradient import Objective
+from tests.rl.batches import made
+from tests.rl.models.tiny import close, prepared
+
+KEY = jax.random.key(4)
+
+
+def test_the_product_is_added_by_hand():
+    params = {"m": {"kernel": jnp.array([[1.0, 2.0], [3.0, 4.0]]), "bias": jnp.ones(2)}}
+    adapter = {"m": {"kernel": {"a": jnp.array([[1.0], [2.0]]), "b": jnp.array([[10.0, 20.0]])}}}
+    merged = lora.merge(params, adapter, alpha=0.5)
+    np.testing.assert_array_equal(merged["m"]["kernel"], [[6, 12], [13, 24]])
+    assert merged["m"]["bias"] is params["m"]["bias"] and params["m"]["kernel"][0, 0] == 1
+    np.testing.assert_array_equal(
+        jax.grad(lambda p: lora.merge(p, adapter, 1.0)["m"]["kernel"].sum())(params)["m"]["kernel"], 0
+    )
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_starts_as_the_given_model_with_adapters_where_asked(scan_layers):
+    _, params, _ = prepared("moe", scan_layers)
+    adapter = lora.init(params, 2, r"attention/(query|value)/kernel|experts_up", KEY)
+    jax.tree.map(np.testing.assert_array_equal, lora.merge(params, adapter, 3.0), params)
+    shapes = {"/".join(k.key for k in path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(adapter)}
+    if scan_layers:
+        assert shapes["layers/attention/query/kernel/a"] == (2, 24, 2)
+        assert shapes["layers/moe/experts_up/b"] == (2, 5, 2, 12) and len(shapes) == 6
+    else:
+        assert shapes["layer_1/attention/value/kernel/b"] == (2, 12) and len(shapes) == 12
+    spread = np.concatenate([np.ravel(x * x.shape[-2] ** 0.5) for x in jax.tree.leaves(adapter) if np.any(x)])
+    assert 0.85 < spread.std() < 1.15 and np.unique(spread).size == spread.size
+
+
+def test_its_gradient_is_the_chain_rule_through_the_full_one():
+    """dA = s dW B^T and dB = s A^T dW."""
+    with jax.enable_x64(True):
+        model, params, _ = prepared("qwen3", dtype="float64")
+        adapter = lora.init(params, 3, "attention/.*kernel", KEY)
+        adapter = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(KEY, x.shape, x.dtype), adapter)
+        batch, objective = made(), Objective(low=0.2, high=0.2)
+        merge = lambda a: lora.merge(params, a, alpha=6.0)
+        got = jax.jit(lambda a: estimate(model, a, batch, objective, merge=merge)[0].gradient)(adapter)
+        full = jax.jit(lambda p: estimate(model, p, batch, objective)[0].gradient)(merge(adapter))
+        for layer, name in (("layer_0", "query"), ("layer_1", "out")):
+            parts, weight = adapter[layer]["attention"][name]["kernel"], full[layer]["attention"][name]["kernel"]
+            assert np.abs(weight).max() > 1e-4
+            close(got[layer]["attention"][name]["kernel"]["a"], 2 * weight @ parts["b"].T, 1e-12)
+            close(got[layer]["attention"][name]["kernel"]["b"], 2 * parts["a"].T @ weight, 1e-12)
+
+
+def test_bf16_weights_have_f32_adapters():
+    _, params, _ = prepared("qwen3", dtype="bfloat16")
+    adapter = lora.init(params, 2, "mlp/up", KEY)
+    assert {x.dtype for x in jax.tree.leaves(adapter)} == {jnp.dtype("float32")}
+    adapter = jax.tree.map(lambda x: x + 0.5, adapter)
+    merged, weight = lora.merge(params, adapter, 2.0), params["layer_0"]["mlp"]["up"]["kernel"]
+    parts = adapter["layer_0"]["mlp"]["up"]["kernel"]
+    assert merged["layer_0"]["mlp"]["up"]["kernel"].dtype == jnp.bfloat16
+    expected = (weight.astype(jnp.float32) + parts["a"] @ parts["b"]).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(merged["layer_0"]["mlp"]["up"]["kernel"], expected)
+
+
+@pytest.mark.parametrize(
+    ("rank", "pattern", "message"),
+    [
+        (2, "nothing/here", "finds none of"),
+        (2, "norm1", r"only matrices have adapters; layer.*norm1/scale is of shape"),
+        (0, "query/kernel", r"rank must be 1 to 24 for .*query/kernel of shape .*got 0"),
+        (25, "query/kernel", "got 25"),
+    ],
+)
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_bad_input(rank, pattern, message, scan_layers):
+    _, params, _ = prepared("llama", scan_layers)
+    with pytest.raises(ValueError, match=message):
+        lora.init(params, rank, pattern, KEY)
+
+
+def test_an_adapter_of_another_model_is_refused():
+    _, params, _ = prepared("llama")
+    adapter = lora.init(params, 1, "layer_1/mlp", KEY)
+    del params["layer_1"]["mlp"]["up"]
+    with pytest.raises(ValueError, match="there is no 'up' among"):
+        lora.merge(params, adapter, 1.0)
