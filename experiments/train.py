@@ -5,9 +5,11 @@
 
 The same command resumes. Every step: problems -> completions -> verdicts -> what the method learns from them
 (`rl.learners`). The mean parameters answer held-out problems greedily before the first step, every `eval_every` steps and at
-the end, where `result.json` compares the first with the last and `plot.png` is drawn.
+the end, where `result.json` compares the first with the last, `plot.png` is drawn, and `model` is the mean parameters in
+Hugging Face's layout, which `experiments.evaluate` and `transformers` load.
 """
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +29,7 @@ from rl.data.replay import Groups
 from rl.learners.gradient import NonFinite
 from rl.learners.types import Answers
 from rl.models.language import Params
+from rl.models.load import save
 from rl.rewards.pool import Pool, PoolError
 from rl.rollout import engine
 from rl.rollout.generate import generate
@@ -95,7 +98,8 @@ def loop(run: Run, setup: Setup, params: Params) -> dict[str, Any]:
         shown = range(min(config.log_samples, len(made.answers.texts)))
         run.log("samples.jsonl", (sample(setup, step, made.answers, row) for row in shown))
         run.record(state, metrics, work=made.tokens)
-    return finish(run, setup, before, evaluate(setup, learner.mean(state.learner)) if after is None else after)
+    after = evaluate(setup, learner.mean(state.learner)) if after is None else after
+    return finish(run, setup, learner.mean(state.learner), before, after)
 
 
 # -- the parts of a step ---------------------------------------------------------------------------------------------
@@ -236,8 +240,13 @@ def plan(setup: Setup, state: Any) -> str:
     )
 
 
-def finish(run: Run, setup: Setup, before: Scored, after: Scored) -> dict[str, Any]:
-    """The result, with the paired difference on the same problems and its 95 % interval."""
+def finish(run: Run, setup: Setup, params: Params, before: Scored, after: Scored) -> dict[str, Any]:
+    """Writes the parameters (once) and the result: the paired difference on the same problems with its 95 % interval."""
+    folder, unfinished = run.workdir / "model", run.workdir / "model.writing"
+    if not folder.is_dir():
+        shutil.rmtree(unfinished, ignore_errors=True)
+        save(unfinished, setup.model, params, setup.tokenizer)
+        unfinished.rename(folder)
     solved = [100.0 * (scored.value >= 1) for scored in (before, after)]
     gained = {"solved": solved, "reward": [before.value, after.value]}
     details = {f"unjudged_{when}": int((~s.ok).sum()) for when, s in (("before", before), ("after", after))}

@@ -51,6 +51,11 @@ def parse(text: str, signed: bool = False) -> Expression:
     return Expression(value, tuple(int(token) for token in tokens if token[:1] in _DIGITS and token))
 
 
+def plain(text: str) -> str:
+    """An expression without spaces, each sign typed in one way."""
+    return "".join(text.translate(_SAME).split())
+
+
 def _tokenise(text: str) -> list[str]:
     """Operators, brackets and integers; an empty token marks the end."""
     if len(text) > MAX_CHARACTERS:

@@ -69,6 +69,7 @@ def make(
         lambda split, count, seed: _draw.generate("arithmetic", draw, split, count, seed),
         f"{__name__}:verify",
         f"0123456789+-*={_WORKING}",
+        answer_of,
     )
 
 
@@ -84,7 +85,7 @@ def verify(completion: str, answer: dict[str, Any]) -> Verdict:
       many of the segments have the right value, in [0, 1]).
     """
     parts = {"format": 0.0, "exact": 0.0, "steps": 0.0}
-    segments = completion.removeprefix(_WORKING).split("=", _MAX_SEGMENTS)
+    segments = _segments(completion)
     if len(segments) <= _MAX_SEGMENTS:
         values = [_value(segment) for segment in segments]
         right = [value == answer["value"] for value in values]
@@ -92,6 +93,18 @@ def verify(completion: str, answer: dict[str, Any]) -> Verdict:
         parts["exact"] = float(right[-1] and parts["format"] == 1.0)
         parts["steps"] = sum(right) / len(right)
     return Verdict(1.0 if parts["exact"] else answer["steps_weight"] * parts["steps"], "ok", parts)
+
+
+def answer_of(completion: str) -> str | None:
+    """The integer after the last "=" of a completion, or the completion if it has none; None where that is no integer."""
+    segments = _segments(completion)
+    value = _value(segments[-1])
+    known = len(segments) <= _MAX_SEGMENTS and _is_integer(segments[-1]) and value is not None
+    return str(value) if known else None
+
+
+def _segments(completion: str) -> list[str]:
+    return completion.removeprefix(_WORKING).split("=", _MAX_SEGMENTS)
 
 
 def _value(segment: str) -> Fraction | None:

@@ -5,12 +5,13 @@ between `<answer>` tags. Every problem has a solution with whole, non-negative i
 """
 
 import collections
+import functools
 import random
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 from rl.tasks import _draw
-from rl.tasks._expression import Expression, ExpressionError, parse
+from rl.tasks._expression import Expression, ExpressionError, parse, plain
 from rl.tasks.types import Problem, Task, TaskError, Verdict
 
 OPERATIONS = "+-*/"
@@ -25,6 +26,14 @@ class _Node(NamedTuple):
     value: int
     text: str
     precedence: int
+
+
+class _Read(NamedTuple):
+    """A completion's expression, as text and parsed, and what "= number" after it claims, if anything."""
+
+    text: str
+    expression: Expression
+    claims: tuple[Fraction | None, ...]
 
 
 def make(
@@ -89,6 +98,7 @@ def make(
         lambda split, count, seed: _draw.generate("countdown", draw, split, count, seed),
         f"{__name__}:verify",
         "0123456789+-*/()=: " if style == "compact" else None,
+        functools.partial(answer_of, tags=options["tags"]),
     )
 
 
@@ -108,8 +118,9 @@ def verify(completion: str, answer: dict[str, Any]) -> Verdict:
       `close` (`1 / (1 + |value - target|)` where the numbers are right, otherwise 0) and `exact`.
     """
     parts = {"format": 0.0, "numbers": 0.0, "close": 0.0, "exact": 0.0}
-    expression = _expression(completion, answer)
-    if expression is not None:
+    found = _read(completion, answer["tags"])
+    if found is not None and all(claim == answer["target"] for claim in found.claims):
+        expression = found.expression
         used, given = collections.Counter(expression.numbers), collections.Counter(answer["numbers"])
         most = max(used.total(), given.total() if answer["uses"] == "all" else 0)
         parts["format"] = 1.0
@@ -121,21 +132,29 @@ def verify(completion: str, answer: dict[str, Any]) -> Verdict:
     return Verdict(1.0 if parts["exact"] else partial, "ok", parts)
 
 
-def _expression(completion: str, answer: dict[str, Any]) -> Expression | None:
+def answer_of(completion: str, tags: bool = False) -> str | None:
+    """The expression in a completion, without spaces; None where there is none, or "= number" after it is not its value.
+
+    Expressions that are written differently are different answers, also where one is as right as the other.
+    """
+    found = _read(completion, tags)
+    honest = found is not None and all(claim == found.expression.value for claim in found.claims)
+    return plain(found.text) if honest else None
+
+
+def _read(completion: str, tags: bool) -> _Read | None:
     text = completion
     end = completion.rfind("</answer>")
     start = completion.rfind("<answer>", 0, max(end, 0))
     if start >= 0:
         text = completion[start + len("<answer>") : end]
-    elif answer["tags"]:
+    elif tags:
         return None
     left, equals, right = text.partition("=")
     try:
-        expression = parse(left)
-        claimed = parse(right).value if equals else expression.value
+        return _Read(left, parse(left), (parse(right).value,) if equals else ())
     except ExpressionError:
         return None
-    return expression if not equals or claimed == answer["target"] else None
 
 
 def _combine(rng: random.Random, numbers: list[int], operations: str) -> _Node | None:

@@ -85,7 +85,11 @@ def make(
                 cache[name] = sorted(made)  # by id: every source and every order of lines gives the same problems
         return _sample(cache[split], split, count, seed)
 
-    return Task("gsm8k", problems, f"{__name__}:verify", None)
+    def answer_of(completion: str) -> str | None:
+        number = final_number(completion, marker_required)
+        return None if number is None else str(number)
+
+    return Task("gsm8k", problems, f"{__name__}:verify", None, answer_of)
 
 
 def verify(completion: str, answer: dict[str, Any]) -> Verdict:

@@ -53,12 +53,16 @@ class Task(NamedTuple):
       verify: `module:function` of `verify(completion, answer) -> Verdict`, which a process without jax can import.
       alphabet: the characters that prompts and solutions are made of, for a tokenizer of characters; None where the
         prompts are ordinary text.
+      answer_of: `completion -> text`, the final answer in a completion, equal answers written alike, for majority votes; None
+        where it gives none. Completions with one answer to a problem are worth 1 all or not at all. The field is None where
+        completions have no final answer that could be counted.
     """
 
     name: str
     problems: Callable[[str, int, int], list[Problem]]
     verify: str
     alphabet: str | None
+    answer_of: Callable[[str], str | None] | None = None
 
 
 def check_request(split: str, count: int) -> None:
