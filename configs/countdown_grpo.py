@@ -8,6 +8,7 @@ Every method of `rl.objectives.presets` is a variant.
 
 import ml_collections
 
+from configs import countdown_eggroll
 from configs.base import pick
 from configs.language import policy_gradient
 from rl import slots
@@ -16,8 +17,8 @@ from rl.objectives.presets import PRESETS
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """The recipe; GRPO without KL by default."""
-    special = {"dapo": _dapo, "vcpo": _vcpo, "remix": _remix, "dots_rr": _dots_rr}
-    return pick(variant, {name: special.get(name, lambda name=name: _base(name)) for name in ("grpo", *PRESETS)})
+    special = {"dapo": _dapo, "vcpo": _vcpo, "remix": _remix, "dots_rr": _dots_rr, "eggroll": _eggroll}
+    return pick(variant, {name: special.get(name, lambda name=name: _base(name)) for name in ("grpo", *PRESETS, "eggroll")})
 
 
 def _base(method: str) -> ml_collections.ConfigDict:
@@ -26,14 +27,16 @@ def _base(method: str) -> ml_collections.ConfigDict:
         method,
         task_options={"numbers": (3, 3), "operands": (1, 30), "target": (1, 99), "operations": "+-*"},
         budget=12,
-        steps=100,
+        steps=120,
         samples=16,
-        learning_rate=3e-4,
+        learning_rate=2e-4,
     )
     config.task.problems = 16384
     config.warm_start.update({"examples": 8192, "steps": 500})
     config.engine.update({"slots": 512, "chunk": 4, "bucket": 12})
-    config.update({"prompts": 64, "eval_problems": 2048})
+    config.update({"prompts": 64, "eval_problems": 2048, "eval_every": 10})
+    config.optimizer.schedule = "cosine"
+    config.gradient.minibatches = 2
     config.gradient.objective.kl = 0.0
     return config
 
@@ -62,4 +65,12 @@ def _dots_rr() -> ml_collections.ConfigDict:
     config = _base("dots_rr")
     config.selection = slots.block("rl.data.selection", "dots")
     config.replay = slots.block("rl.data.replay", "fifo")
+    return config
+
+
+def _eggroll() -> ml_collections.ConfigDict:
+    """Evolution from the same warm start on the same problems, looked at more often."""
+    config = countdown_eggroll.get_config().copy_and_resolve_references()
+    with config.unlocked():
+        config.eval_every = 4
     return config

@@ -60,7 +60,7 @@ def run(workdir: Path, config: str, seed: int) -> plot.RunData:
 def name(settings: dict[str, Any]) -> str:
     """What a resolved, flat config is called: its method and, of evolution, what tells variants apart."""
     known = {"eggroll": "EGGROLL", "openes": "OpenES", "ppo": "PPO", "backprop": "backprop"}
-    title = known[settings["method"]]
+    title = known.get(settings["method"], settings["method"].replace("_", " "))
     if settings["method"] == "eggroll":
         title += f", {settings['es.population']}, rank {settings['es.rank']}"
     if "model.preset" in settings:

@@ -13,6 +13,7 @@ import eggroll
 from experiments.bench.harness import Row, row, timed_in_turn
 from rl.models.language import LanguageModel
 from rl.models.presets import make, preset
+from rl.rollout import engine
 from rl.rollout.engine import Settings
 from rl.rollout.generate import generate
 from rl.rollout.sampling import Sampling, sample, uniforms
@@ -164,4 +165,70 @@ def _long_tailed(model: LanguageModel, params, slots: int, repeats: int) -> Row:
     return row(setting, "engine_over_static", value, seconds, repeats, tokens_per_second=rates)
 
 
-CASES = {case.__name__: case for case in (score, decode)}
+# -- roofline --------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=2)
+def plain_steps(model: LanguageModel, params, caches, token: jax.Array, position: jax.Array, u: jax.Array, steps: int):
+    """`steps` decode steps of a batch at one position, without an engine. Returns caches and the newest tokens [B]."""
+
+    def one(token, cache, position):
+        hidden, cache = model.forward(params, token[None], cache, position, 1)
+        return model.head(params, hidden)[0], cache
+
+    def step(i, carry):
+        caches, token = carry
+        logits, caches = jax.vmap(one, (0, 0, None))(token, caches, position + i)
+        return caches, sample(logits, u[i], Sampling()).token
+
+    return jax.lax.fori_loop(0, steps, step, (caches, token))
+
+
+def roofline(repeats: int) -> Iterator[Row]:
+    """Tokens per second of the engine at full slots against what reading weights and caches once a step would allow.
+
+    tok/s <= b BW / (weights + b ctx kv bytes), BW the rate at which this device sums 512 MiB of f32, measured in the same run.
+    """
+    model, steps = make(preset("stories260K")), 32
+    params = model.init(jax.random.key(0))
+    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    kv_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda: model.empty(1))))
+    block = jnp.ones(2**27, jnp.float32)
+    total = jax.jit(jnp.sum)
+    for context in (512, 4096):
+        for slots in (1, 8, 64):
+            fns = _full_slots(model, params, slots, context, steps) | {"bandwidth": lambda: total(block)}
+            seconds = timed_in_turn(fns, min(repeats, 9))
+            bandwidth = block.size * 4 / seconds["bandwidth"]
+            bound = slots * bandwidth / (weights + slots * context * kv_bytes)
+            rates = {name: round(slots * steps / seconds[name]) for name in ("engine", "static")}
+            setting = {"model": "stories260K", "slots": slots, "context": context, "steps": steps}
+            yield row(
+                setting, "engine_over_roofline", rates["engine"] / bound, seconds, repeats,
+                tokens_per_second=rates | {"roofline": round(bound)}, gigabytes_per_second=round(bandwidth / 1e9, 2),
+            )  # fmt: skip
+
+
+def _full_slots(model: LanguageModel, params, slots: int, context: int, steps: int) -> dict[str, Callable[[], Any]]:
+    """The engine and a plain loop, each writing the last `steps` tokens of `context` in every slot, again and again."""
+    settings = Settings(slots=slots, length=context + 1, chunk=steps, view=0)
+    start, key = jnp.full(slots, context - steps, jnp.int32), jax.random.key(1)
+    held = {"engine": engine.init(model, settings), "static": engine.init(model, settings).cache}
+    u = uniforms(key, jnp.arange(slots, dtype=jnp.uint32), context - steps + jnp.arange(steps)[:, None])
+    token = jnp.ones(slots, jnp.int32)
+
+    def with_engine():
+        full = held["engine"]._replace(
+            position=jnp.array(start), limit=start + 2 * steps, active=jnp.ones(slots, bool), token=jnp.array(token)
+        )
+        held["engine"], chunk = engine.decode(model, settings, settings.length, params, full, key, jnp.int32(slots + 1))
+        return chunk.tokens
+
+    def static():
+        held["static"], out = plain_steps(model, params, held["static"], token, start[0], u, steps)
+        return out
+
+    return {"engine": with_engine, "static": static}
+
+
+CASES = {case.__name__: case for case in (score, decode, roofline)}
