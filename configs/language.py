@@ -24,7 +24,8 @@ Evolution:
 Policy gradients:
 
 * `gradient`: `objective`, every setting of `rl.objectives.policy_gradient.Objective`; `advantage` and its options; most
-  `tokens` of a packed micro-batch; `max_grad_norm` (0: no clipping); all else as `rl.learners.gradient.Settings`.
+  `tokens` of a packed micro-batch; `remat`, activations made again instead of kept; `max_grad_norm` (0: no clipping); `lora`
+  (rank 0: all parameters learn); all else as `rl.learners.settings.Settings`.
 """
 
 import dataclasses
@@ -84,10 +85,14 @@ def policy_gradient(
         "informative_only": False,
         "step_scale": 0.0,
         "norms": "exact",
+        "kl_in_reward": 0.0,
         "kl_convex": False,
         "reincarnation": 0,
+        "routing": "none",
+        "lora": {"rank": 0, "alpha": 16.0, "pattern": "kernel"},
         "limit": 3,
         "tokens": 1024,
+        "remat": False,
         "max_grad_norm": 1.0,
     }
     if preset.objective.aggregation == "constant":

@@ -1,5 +1,6 @@
 """Checks the numbers of a config, and builds optimizers, strategies and learners from its blocks (`configs/base.py`)."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from rl.data.prompts import Prompts
 from rl.learners import evolution, gradient
 from rl.learners.types import Learner
 from rl.models.language import LanguageModel
+from rl.models.presets import make
 from rl.objectives.policy_gradient import Objective
 from rl.objectives.presets import PRESETS
 from rl.objectives.weights import Weight
@@ -166,11 +168,26 @@ def _gradient(config: ml_collections.ConfigDict, model: LanguageModel, train: Pr
     c = config.gradient.to_dict()
     weight, tokens, clip = c["objective"].pop("weight"), c.pop("tokens"), c.pop("max_grad_norm")
     objective = Objective(**c.pop("objective"), weight=weight and Weight(**weight))
-    options = tuple(c.pop("advantage_options").items())
-    settings = gradient.Settings(objective, advantage_options=options, temperature=config.sampling.temperature, **c)
+    options, adapters = tuple(c.pop("advantage_options").items()), c.pop("lora")
+    if c.pop("remat"):
+        model = make(dataclasses.replace(model.config, remat=True))
+    settings = gradient.Settings(
+        objective, advantage_options=options, temperature=config.sampling.temperature,
+        lora=gradient.Lora(**adapters) if adapters["rank"] else None, **c,
+    )  # fmt: skip
     if config.sampling.top_k or config.sampling.top_p < 1 or config.sampling.min_p:
         raise ConfigError(
             "policy gradients need samples of the policy itself; got sampling with top_k, top_p or min_p: set 0, 1.0 and 0.0"
+        )
+    if config.prompts % settings.minibatches:
+        raise ConfigError(
+            f"a step's prompts must divide into minibatches; got config.prompts = {config.prompts} and "
+            f"config.gradient.minibatches = {settings.minibatches}"
+        )
+    if settings.routing == "r3" and config.replay.name != "none":
+        raise ConfigError(
+            "replayed groups do not keep the experts that sampled them, which routing 'r3' would force; got config.replay.name "
+            f"= {config.replay.name!r}: set it to 'none', or config.gradient.routing to 'r2'"
         )
     shape = packing.shape(tokens, train.longest, config.budget)
     tx = optax.chain(optax.clip_by_global_norm(clip), optimizer(config)) if clip else optimizer(config)

@@ -73,7 +73,7 @@ def set_up(config: ml_collections.ConfigDict, task: tasks.Task, pool: Pool) -> t
         slots = [slots_lib.bind(f"rl.data.{name}", config[name]) for name in ("selection", "replay")]
         settings = Settings(
             length=max(train.longest, test.longest) + config.budget, stop=ends,
-            sampling=Sampling(**config.sampling.to_dict()), **config.engine.to_dict(),
+            sampling=Sampling(**config.sampling.to_dict()), record_experts=method.record_experts, **config.engine.to_dict(),
         )  # fmt: skip
     except (ValueError, ImportError) as error:
         raise ConfigError(str(error)) from error

@@ -108,6 +108,7 @@ def estimate(
     temperature: float | Array = 1.0,
     block: int | None = None,
     merge: Callable[[Any], Params] = lambda params: params,
+    credit: Callable[[TrainBatch, Array], Credit] | None = None,
 ) -> tuple[Estimate, Sample]:
     """The gradient of an objective's loss.
 
@@ -119,6 +120,7 @@ def estimate(
         temperature: at which the completions were sampled.
         block: see `completion_logp`.
         merge: params -> the model's parameters, applied in every micro-batch (see `rl.lora.merge`).
+        credit: (micro-batch, logp) -> what the objective sees, where that depends on the policy; None: `credit_of`.
 
     Returns:
         (the estimate, the sample). The gradient is summed in f32 (or wider) and divided once; a batch in which nothing counts
@@ -131,7 +133,8 @@ def estimate(
 
     def numerator(params, micro):
         logp, entropy = completion_logp(model, merge(params), micro, temperature=temperature, block=block)
-        out = loss(objective, logp, entropy, credit_of(micro))
+        seen = credit_of(micro) if credit is None else credit(micro, logp)
+        out = loss(objective, logp, entropy, seen)
         return out.numerator, out
 
     differentiate = jax.grad(numerator, has_aux=True)

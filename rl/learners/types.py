@@ -56,6 +56,7 @@ class Learner(NamedTuple):
         mean: state -> parameters, what is evaluated.
         learn: (state, answers, replayed groups or None) -> (state, metrics as scalars).
         plan: state -> text: memory the method needs, before it takes it.
+        record_experts: whether the engine has to record which experts it used (routing replay).
     """
 
     members: int
@@ -65,6 +66,7 @@ class Learner(NamedTuple):
     mean: Callable[[Any], Params]
     learn: Callable[[Any, Answers, Groups | None], tuple[Any, dict[str, Any]]]
     plan: Callable[[Any], str]
+    record_experts: bool = False
 
 
 def tree_bytes(tree: Any) -> int:
