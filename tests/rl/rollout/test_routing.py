@@ -43,19 +43,13 @@ def test_recording_changes_no_token():
     np.testing.assert_allclose(got.logp, plain.logp, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        {
-            "bucket": 7,
-            "view": 5,
-            "prefill_chunk": 3,
-            "chunk": 3,
-        },  # several pieces of a prompt, sizes that divide nothing
-        {"slots": 16, "tail": 8, "chunk": 64},  # more slots than work, then half of them
-    ],
-    ids=["pieces", "compacted"],
-)
+SIZES = {
+    "pieces": {"slots": 16, "bucket": 7, "view": 5, "prefill_chunk": 3, "chunk": 3},  # of two prompts at a time
+    "compacted": {"slots": 16, "tail": 8, "chunk": 64},  # more slots than work, then half of them
+}
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_sizes_change_nothing(sizes):
     np.testing.assert_array_equal(run(**sizes).experts, whole().experts)
 
