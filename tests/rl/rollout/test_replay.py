@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rl.data import packing
+from rl.estimate import completion_scores
 from rl.models.experts import Experts, id_dtype
 from rl.models.presets import make
 from rl.rollout import engine
@@ -63,6 +65,28 @@ def test_forcing_the_record_is_bit_identical_and_reproduces_the_samplers_log_pro
     np.testing.assert_allclose(forced[n - 1 :], sampled, atol=1e-5)
     # a record one token late is another policy
     assert np.abs(run(params, ids, np.roll(experts, 1, axis=1)) - plain).max() > 0.05
+
+
+def test_the_learner_replays_what_the_sampler_recorded():
+    """From the engine through packed rows to the log-probabilities of the learner, several sequences to a row."""
+    model, params = prepared()
+    got, requests = whole(), asked()
+    sizes = packing.shape(128, longest_prompt=31, longest=31, capacity=128)
+
+    def gap(experts, params=params):
+        batch = packing.micro_batches(
+            requests.prompt, requests.prompt_length, got.tokens, got.length, sizes, experts=experts
+        )
+        scores = np.asarray(completion_scores(model, params, batch)[0])
+        return np.abs(np.where(got.mask, batch.gathered(scores) - got.logp, 0)).max()
+
+    assert gap(got.experts) < 1e-5 and gap(recompute(model, params, requests, got)) < 1e-5
+    assert gap(np.roll(got.experts, 1, axis=1)) > 0.05
+    # a router that turned round would choose the other experts; what was recorded keeps the policy near
+    kernel = params["layers"]["moe"]["router"]["kernel"]
+    router = {"kernel": -0.05 * kernel}  # nearly even gates
+    turned = {**params, "layers": {**params["layers"], "moe": {**params["layers"]["moe"], "router": router}}}
+    assert 1.3 * gap(got.experts, turned) < gap(None, turned)
 
 
 def test_one_step_with_recomputed_experts_has_the_same_gradient():
