@@ -53,6 +53,16 @@ def test_the_readme_example_of_the_engine_runs():
     assert str(list(range(16))) in done.stdout
 
 
+def test_the_readme_example_of_the_losses_runs():
+    text = (report.ROOT / "README.md").read_text(encoding="utf-8")
+    example = next(e for e in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Credit(" in e)
+    names = {}
+    exec(compile(example, "README.md", "exec"), names)  # noqa: S102 - our own text
+    advantage, out = names["advantage"], names["out"]
+    assert advantage[:, 0].tolist() == pytest.approx([0.866025, -0.866025, 0.866025, -0.866025], abs=1e-4)
+    assert (float(out.numerator), float(out.denominator)) == (pytest.approx(0, abs=1e-5), 20)
+
+
 @pytest.mark.parametrize("file", ["compare", "recipes", "language", "countdown"])
 def test_the_docstring_of_a_recipe_has_the_measured_scores_and_its_command(file):
     for row in json.loads((report.RESULTS / f"{file}.json").read_text()):
