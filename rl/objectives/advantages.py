@@ -85,7 +85,7 @@ def whitened_returns(
     """
     mask = mask & ok.reshape(-1, 1)
     remaining = jnp.cumsum(mask[:, ::-1], axis=1)[:, ::-1]
-    step = jnp.where(mask & (remaining == 1), jnp.where(ok, rewards, 0).reshape(-1, 1), 0).astype(jnp.float32)
+    step = jnp.where(remaining == 1, jnp.where(ok, rewards, 0).reshape(-1, 1), 0).astype(jnp.float32)
     if kl is not None:
         step = step - coefficient * jnp.where(mask, kl, 0)
 

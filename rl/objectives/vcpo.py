@@ -65,7 +65,8 @@ def minimum_variance_baseline(
 
     Args:
         log_weights: [P, G] nats, untruncated.
-        squared_norms: [P, G], |g_i|^2 of the score g_i = grad sum_t logp_it, or `logit_squared_norms`.
+        squared_norms: [P, G], |g_i|^2 of the score g_i = grad sum_t logp_it, or `logit_squared_norms` The update applies
+            g_i / L_i, whose least variance is at |g_i|^2 / L_i^2: the release has this as a switch, off in its scripts.
         rewards: [P, G].
         ok: bool [P, G], rows that were judged. None: all.
 

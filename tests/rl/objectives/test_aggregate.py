@@ -37,6 +37,7 @@ def test_micro_batches_padding_and_order(kind):
     ghost = [np.concatenate([x, y]) for x, y in ((terms, np.full((2, 9), np.inf)), (mask, np.ones((2, 9), bool)))]
     counted = np.arange(8) < 6
     np.testing.assert_allclose(np.array(aggregate(kind, *ghost, longest, counted)), whole, rtol=1e-6)
+    assert np.isfinite(whole).all()
     assert whole[1] == {"token_mean": 23, "sequence_mean": 6, "sequence_sum": 6, "constant": 72}[kind]
 
 

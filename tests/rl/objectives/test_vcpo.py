@@ -112,7 +112,8 @@ def test_baseline_is_the_minimum():
 def test_baseline_moves_with_the_rewards():
     weights, norms = (2, 1, 0.5, 1), (1, 2, 1, 2)
     assert baseline(weights, norms, (6, 5, 6, 5)) == pytest.approx(5 + baseline(weights, norms, (1, 0, 1, 0)), rel=1e-6)
-    assert baseline(weights, norms, (0.1,) * 4) == np.float32(0.1)  # exactly: the advantage is 0, not a rounding
+    for n in (4, 7, 11):  # exactly: the advantage is 0, not a rounding
+        assert baseline(np.linspace(0.3, 2, n), np.linspace(1, 3, n), (0.1,) * n) == np.float32(0.1)
 
 
 def test_baseline_of_extreme_and_missing_rows():

@@ -52,6 +52,8 @@ def test_masked_tokens_take_no_part():
     got, out = importance_weight(Weight(level="geometric", cap=2.0), jnp.array([[0.2, 0.4, 0.0]]), mask)
     np.testing.assert_allclose(got, [[np.exp(0.3), np.exp(0.3), 1]], rtol=1e-6)
     assert not out.any()
+    kept, out = importance_weight(Weight(level="sequence", cap=1.5, outside="zero"), jnp.array([[0.2, 0.4, 0.0]]), mask)
+    assert kept.tolist() == [[0, 0, 1]] and out.tolist() == [[True, True, False]]
 
 
 def test_limits_and_gradient():
