@@ -24,6 +24,9 @@ PRESETS: dict[str, TransformerConfig | RWKV7Config] = {
     "tiny-transformer": TransformerConfig(
         vocab=64, layers=3, width=56, hidden=128, heads=4, kv_heads=2, head_dim=14, max_length=512, qk_norm=True, tied=True
     ),
+    "micro-transformer": TransformerConfig(
+        vocab=16, layers=2, width=32, hidden=64, heads=2, kv_heads=2, head_dim=16, max_length=64, qk_norm=True, tied=True
+    ),
     "tiny-moe": TransformerConfig(
         vocab=64, layers=2, width=48, hidden=96, heads=4, kv_heads=2, head_dim=12, max_length=512, qk_norm=True, tied=True,
         experts=4, experts_per_token=2, expert_hidden=48, normalise_experts=True,

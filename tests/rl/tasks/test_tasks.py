@@ -22,6 +22,8 @@ TASKS = {
     "countdown sorted": {"shuffle": False, "operations": "+-"},
     "arithmetic": {},
     "arithmetic products": {"operations": "+-*", "length": (1, 12), "steps_weight": 0.5},
+    "cipher": {},
+    "cipher exact": {"letters": 26, "length": (3, 8), "partial": 0.0},
     "stories": {},
     "stories one": {"words": 1, "length": (5, 200)},
     "gsm8k": {},
@@ -166,7 +168,7 @@ def len_of(task, split):
 
 
 def test_names_and_unknown_names():
-    assert tasks.names() == ["arithmetic", "countdown", "gsm8k", "stories"]
+    assert tasks.names() == ["arithmetic", "cipher", "countdown", "gsm8k", "stories"]
     with pytest.raises(
         TaskError, match="unknown task 'countdwn'. Did you mean countdown. There are: arithmetic, count"
     ):
