@@ -189,25 +189,15 @@ def loss(objective: Objective, logp: Array, entropy: Array, credit: Credit) -> L
     distance = _distance(objective, logp, credit, fixed)
     total = term + objective.entropy * entropy - (objective.kl * distance if objective.kl else 0)
     reduce = lambda x: aggregation.aggregate(objective.aggregation, x, mask, objective.longest, credit.counted)
-    numerator, denominator = reduce(-total)
     gap = jnp.abs(proximal - behaviour)
-    return Loss(
-        numerator,
-        denominator,
-        lax.stop_gradient(
-            {"objective": reduce(term)}
-            | _means(
-                mask,
-                entropy=entropy, kl_behaviour=behaviour - logp, kl_reference=distance, clip_fraction=clipped,
-                ratio=ratio, weight=weight, weight_outside=outside, sampler_gap=gap,
-            )
-        ),
-        lax.stop_gradient((logp - behaviour).sum(axis=1)),
-        {
-            name: lax.stop_gradient(jnp.where(mask, x, 0).max(initial=0))
-            for name, x in (("sampler_gap", gap), ("ratio", ratio), ("weight", weight))
-        },
+    means = _means(
+        mask,
+        entropy=entropy, kl_behaviour=behaviour - logp, kl_reference=distance, clip_fraction=clipped,
+        ratio=ratio, weight=weight, weight_outside=outside, sampler_gap=gap,
     )  # fmt: skip
+    maxima = _maxima(mask, sampler_gap=gap, ratio=ratio, weight=weight)
+    watched = lax.stop_gradient(({"objective": reduce(term)} | means, (logp - behaviour).sum(axis=1), maxima))
+    return Loss(*reduce(-total), *watched)
 
 
 def _ratio(kind: str, log_ratio: Array, logp: Array, mask: Array) -> Array:
@@ -265,6 +255,10 @@ def _distance(objective: Objective, logp: Array, credit: Credit, fixed) -> Array
 def _means(mask: Array, **values: Array) -> dict[str, tuple[Array, Array]]:
     tokens = mask.sum().astype(jnp.float32)
     return {name: (jnp.where(mask, value, 0).astype(jnp.float32).sum(), tokens) for name, value in values.items()}
+
+
+def _maxima(mask: Array, **values: Array) -> dict[str, Array]:
+    return {name: jnp.where(mask, value, 0).max(initial=0) for name, value in values.items()}
 
 
 def _check(objective: Objective, logp: Array, entropy: Array, credit: Credit) -> None:
