@@ -240,6 +240,10 @@ def _check(samples: int, ks: Sequence[int], temperature: float, problems: int, s
         raise ConfigError(
             f"every k of --k must be 1 to the number of samples, {samples}; got {tuple(ks)}: raise --samples"
         )
+    try:
+        Sampling(temperature=temperature)
+    except ValueError as error:
+        raise ConfigError(f"--temperature: {error}") from error
     if temperature == 0 and samples > 1:
         raise ConfigError(
             f"greedy answers to one prompt are all equal; got --samples={samples} at temperature 0: use 1 sample, or a "
