@@ -179,11 +179,6 @@ def _gradient(config: ml_collections.ConfigDict, model: LanguageModel, train: Pr
         raise ConfigError(
             "policy gradients need samples of the policy itself; got sampling with top_k, top_p or min_p: set 0, 1.0 and 0.0"
         )
-    if config.prompts % settings.minibatches:
-        raise ConfigError(
-            f"a step's prompts must divide into minibatches; got config.prompts = {config.prompts} and "
-            f"config.gradient.minibatches = {settings.minibatches}"
-        )
     if settings.routing == "r3" and config.replay.name != "none":
         raise ConfigError(
             "replayed groups do not keep the experts that sampled them, which routing 'r3' would force; got config.replay.name "
@@ -191,4 +186,10 @@ def _gradient(config: ml_collections.ConfigDict, model: LanguageModel, train: Pr
         )
     shape = packing.shape(tokens, train.longest, config.budget)
     tx = optax.chain(optax.clip_by_global_norm(clip), optimizer(config)) if clip else optimizer(config)
-    return gradient.learner(model, tx, settings, shape, train.ids, config.samples, config.seed, stop)
+    made = gradient.learner(model, tx, settings, shape, train.ids, config.samples, config.seed, stop)
+    if config.prompts % settings.minibatches:
+        raise ConfigError(
+            f"a step's prompts must divide into minibatches; got config.prompts = {config.prompts} and "
+            f"config.gradient.minibatches = {settings.minibatches}"
+        )
+    return made

@@ -298,9 +298,9 @@ def _update(model, optimizer, settings: Settings, whole, learning, base, batch: 
     share = vcpo.ess(log_weight, counted) / jnp.maximum(counted.sum(), 1)
     if settings.step_scale:
         made = dataclasses.replace(made, step_scale=vcpo.step_scale(log_weight, settings.step_scale, counted=counted))
-    norm = optax.global_norm(made.gradient)
+    norm = optax.tree.norm(made.gradient)
     *after, updates = eggroll.estimate.step(optimizer, params, master, opt_state, made)
-    finite = jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(updates))
+    finite = jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
     kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), tuple(after), (params, master, opt_state))
     skipped = jnp.where(finite, 0, skipped + 1)
     one = jnp.float32(1)

@@ -1,0 +1,327 @@
+"""Steps of the gradient learner: against one written out, and everything the learner adds around the objective."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from rl import lora
+from rl.data.replay import Groups
+from rl.learners.gradient import Lora, NonFinite, Settings
+from rl.objectives.presets import PRESETS
+from tests.rl.learners.toy import (
+    LONGEST,
+    MOE,
+    PROMPTS,
+    SEED,
+    G,
+    L,
+    P,
+    answers,
+    made,
+    optimizer,
+    plain_grpo,
+    routed,
+    scores,
+    start,
+)
+from tests.rl.models.tiny import close, trees_close
+
+GRPO = PRESETS["grpo"]
+FREE = dataclasses.replace(GRPO.objective, kl=0.0)
+equal = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def settings(objective=GRPO.objective, advantage="group_std", **changes):
+    return Settings(objective, advantage, **changes)
+
+
+def order(step, epoch, count):
+    """The parts of an epoch, in an order of its own."""
+    drawn = np.random.Generator(np.random.PCG64([SEED, step, epoch])).permutation(P)
+    return [sorted(part) for part in np.split(drawn, count)]
+
+
+# -- a step ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("minibatches", "epochs"), [(1, 1), (2, 2)])
+def test_two_steps_are_the_plain_computation(minibatches, epochs):
+    model, params = start()
+    method = made(settings(minibatches=minibatches, epochs=epochs), 0.15)
+    state, tx = method.init(params), optimizer(0.15)
+    plain, opt_state = params, tx.init(params)
+    for step in range(2):
+        batch = answers(step, problem=(0, 1, 2, 3) if step == 0 else (5, 2, 4, 0))
+        parts = [range(P)] if minibatches == 1 else [p for e in range(epochs) for p in order(step, e, minibatches)]
+        plain, opt_state, measured = plain_grpo(
+            model, plain, batch, tx, opt_state, reference=params, kl=0.04, parts=parts
+        )
+        state, metrics = method.learn(state, batch, None)
+        trees_close(state.params, plain, 2e-5)
+        objective, kl, clipped = zip(*measured, strict=True)
+        close(metrics["objective"], np.mean(objective), 1e-5)  # parts of equally many answers
+        if minibatches == 1:
+            close(metrics["kl_reference"], kl[0], 1e-5)
+        else:
+            assert max(clipped) > 0 and metrics["clip_fraction"] > 0 and metrics["ratio_max"] > 1.2
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, state.params)
+    assert min(jax.tree.leaves(moved)) > 1e-3 and int(state.step) == 2
+
+
+def test_the_first_update_on_policy_has_ratio_one_and_no_kl_exactly():
+    _, params = start()
+    method = made(settings())
+    _, metrics = method.learn(method.init(params), answers(spread=0.0), None)
+    assert [metrics[name] for name in ("ratio", "ratio_max", "weight", "step_scale")] == [1, 1, 1, 1]
+    assert [metrics[name] for name in ("kl_reference", "clip_fraction", "skipped", "replayed_groups", "age")] == [0] * 5
+    assert metrics["sampler_gap_max"] < 1e-5 and abs(metrics["ess"] - 1) < 1e-6 and metrics["gradient_norm"] > 0.01
+    value = answers().scored.value.reshape(P, G)
+    advantage = (value - value.mean(1, keepdims=True)) / value.std(1, ddof=1, keepdims=True)
+    length = answers().rollouts.length.reshape(P, G)
+    close(metrics["advantage_size"], (np.abs(advantage) * length).sum() / length.sum(), 1e-5)
+
+
+MINIRL = settings(PRESETS["minirl"].objective, "group_mean", proximal="interpolated")
+
+
+def test_metrics_tell_how_far_the_sampler_is():
+    """Old answers; the proximal policy lies between sampler and policy, a token's age decides where."""
+    model, params = start()
+    batch = answers(spread=0.3, version=-2, value=[1, 0, 0] * 3 + [1, 1, 1])
+    method = made(MINIRL)
+    _, metrics = method.learn(method.init(params), batch, None)
+    logp, entropy, _ = map(np.asarray, scores(model, params, np.repeat(batch.problem, G), batch.rollouts.tokens))
+    mask = batch.rollouts.mask
+    gap = np.where(mask, logp - batch.rollouts.logp, 0)
+    close(metrics["kl_behaviour"], -gap[mask].mean(), 1e-5)
+    close(metrics["weight"], np.minimum(np.exp(gap), 5)[mask].mean(), 1e-5)
+    close(metrics["weight_max"], np.exp(gap).max(), 1e-5)
+    close(metrics["entropy"], entropy[mask].mean(), 1e-5)
+    w = np.exp(gap.sum(axis=1))
+    close(metrics["ess"], w.sum() ** 2 / (w**2).sum() / len(w), 1e-5)
+    assert metrics["zero_spread_groups"] == 0.25 and metrics["age"] == 2
+    # written by version -2, and the first step makes version 1: of age 3, so the proximal policy is 2/3 of the way
+    close(metrics["sampler_gap"], 2 / 3 * np.abs(gap[mask]).mean(), 1e-5)
+    close(metrics["sampler_gap_max"], 2 / 3 * np.abs(gap).max(), 1e-5)
+    close(metrics["ratio"], np.exp(gap / 3)[mask].mean(), 1e-5)
+
+
+def test_the_step_is_scaled_by_the_effective_samples():
+    _, params = start()
+    batch = answers(spread=0.5)
+    (whole, _), (scaled, metrics) = (
+        method.learn(method.init(params), batch, None)
+        for method in (made(MINIRL), made(dataclasses.replace(MINIRL, step_scale=1.0)))
+    )
+    scale = metrics["step_scale"]
+    close(scale, metrics["ess"] ** 0.5, 1e-6)
+    assert scale < 0.95
+    trees_close(scaled.params, jax.tree.map(lambda p, q: p + scale * (q - p), params, whole.params), 1e-6)
+
+
+# -- policies of other steps -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [0, 1, 4])
+def test_answers_come_from_exactly_the_policy_of_k_steps_ago(k):
+    method = made(settings(FREE, staleness=k))
+    state = method.init(start()[1])
+    past = [jax.tree.map(np.array, state.params)]
+    for step in range(7):
+        weights, version = method.weights(state)
+        assert version == max(0, step - k)
+        equal(weights, past[version])
+        equal(method.mean(state), past[-1])
+        state, metrics = method.learn(state, answers(step, version=version), None)
+        assert metrics["age"] == min(k, step)
+        past.append(jax.tree.map(np.array, state.params))
+    assert len({np.asarray(jax.tree.leaves(p)[0]).tobytes() for p in past}) == 8  # all of them differ
+
+
+def test_reincarnation_renews_the_reference_and_ends_the_epochs():
+    method = made(settings(epochs=2, reincarnation=2, kl_convex=True))
+    state, metrics = method.init(start()[1]), []
+    for step in range(4):
+        before = jax.tree.map(np.array, state.params)
+        old = jax.tree.map(np.array, state.reference)
+        state, found = method.learn(state, answers(step), None)
+        metrics.append(found)
+        equal(state.reference, before if step == 2 else old)
+        equal(state.previous, before)
+    # one update a step from then on, whose ratio is 1; the first begins at the reference itself
+    assert [m["ratio"] == 1 for m in metrics] == [False, False, True, True]
+    assert metrics[1]["kl_reference"] > 1e-3 < metrics[3]["kl_reference"] and metrics[2]["kl_reference"] == 0
+
+
+# -- nothing to learn, and what cannot be learnt ---------------------------------------------------------------------
+
+
+def test_where_nothing_is_to_be_learnt_parameters_stay_bit_equal():
+    _, params = start()
+    method = made(settings(FREE))
+    nothing = answers(seed=1)
+    empty = dataclasses.replace(nothing.rollouts, length=np.zeros(P * G, np.int32))
+    cases = {
+        "all rewards equal": answers(value=0.1),
+        "nothing judged": answers(ok=False),
+        "one answer of each group judged": answers(ok=[True, False, False] * P),
+        "answers without a token": nothing._replace(rollouts=empty),
+    }
+    state = method.init(params)
+    for name, batch in cases.items():
+        state, metrics = method.learn(state, batch, None)
+        equal(state.params, params)
+        assert all(np.isfinite(x) for x in metrics.values()), (name, metrics)
+        assert metrics["gradient_norm"] == 0 == metrics["skipped"], name
+
+
+def test_an_unjudged_answer_is_as_if_it_were_not_there():
+    """Three answers, one of them unjudged: the update of the two others, whatever the third one says."""
+    _, params = start()
+    method = made(settings(FREE))
+    ok = np.tile([True, True, False], P)
+    batch = answers(ok=ok)
+    other = dataclasses.replace(
+        batch.rollouts, tokens=np.where(ok[:, None], batch.rollouts.tokens, 1), logp=batch.rollouts.logp - ~ok[:, None]
+    )
+    one, metrics = method.learn(method.init(params), batch, None)
+    two, _ = method.learn(method.init(params), batch._replace(rollouts=other), None)
+    trees_close(one.params, two.params, 1e-6)
+    # (0, 1) in every group: +-1/sqrt(2) by hand, a mean over sequences that are judged: 8, not 12
+    mask = batch.rollouts.mask & ok[:, None]
+    close(metrics["advantage_size"], np.full(mask.sum(), 0.5**0.5).mean(), 1e-5)
+    close(metrics["objective"], 0, 1e-6)
+
+
+def test_updates_that_are_not_finite_are_skipped_and_too_many_in_a_row_raise():
+    """Without delta, the advantage of a group of equal rewards is 0 / 0; the third update has a step beyond all numbers."""
+    _, params = start()
+    method = made(settings(FREE, advantage_options=(("delta", 0.0),), minibatches=2), _third_too_far)
+    bad, good = answers(value=1.0), answers(seed=3)
+    state, metrics = method.learn(method.init(params), bad, None)
+    equal(state.params, params)
+    assert (int(state.skipped), metrics["skipped"], metrics["skipped_in_a_row"], int(state.step)) == (2, 1, 2, 1)
+    state, metrics = method.learn(state, good, None)
+    assert (int(state.skipped), metrics["skipped"], metrics["skipped_in_a_row"]) == (0, 0, 0)
+    moved = jax.tree.map(np.array, state.params)
+    assert np.abs(jax.tree.leaves(moved)[0] - jax.tree.leaves(params)[0]).max() > 1e-4
+    state, metrics = method.learn(state, good, None)
+    assert metrics["skipped"] == 1 and np.isfinite(metrics["gradient_norm"])  # the step alone is not finite
+    equal(state.params, moved)
+    with pytest.raises(
+        NonFinite, match="4 updates in a row had no finite gradient.*the limit is 3.*learning rate"
+    ) as e:
+        method.learn(state, bad, None)
+    np.testing.assert_array_equal(e.value.groups.tokens, bad.rollouts.tokens.reshape(P, G, L))
+
+
+def _third_too_far(count):
+    return jax.numpy.where(count == 2, 1e38, 0.5)
+
+
+# -- what is mixed in ------------------------------------------------------------------------------------------------
+
+
+def test_replayed_groups_are_learnt_from_as_fresh_ones():
+    _, params = start()
+    batch = answers(problem=(0, 1, 2, 3))
+    groups = Groups.make(batch.problem, batch.rollouts, batch.scored)
+    method = made(settings(minibatches=2, epochs=2), 0.15)
+    whole, _ = method.learn(method.init(params), batch, None)
+    mixed, metrics = method.learn(method.init(params), batch.take(np.arange(3)), groups.take(np.array([3])))
+    equal(whole.params, mixed.params)
+    assert metrics["replayed_groups"] == 1
+    with pytest.raises(ValueError, match="got 5 groups and 2 minibatches"):
+        method.learn(mixed, batch, groups.take(np.array([3])))
+
+
+def test_only_the_factors_of_an_adapter_learn():
+    model, params = start()
+    adapter = Lora(rank=2, alpha=6.0, pattern="kernel")
+    method = made(settings(lora=adapter, staleness=1))
+    state, tx = method.init(params), optimizer()
+    equal(method.mean(state), params)
+    factors = jax.tree.map(np.array, state.params)
+    assert {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(factors)} == {"a", "b"}
+    learning = sum(x.size for x in jax.tree.leaves(factors))
+    assert (
+        sum(x.size for x in jax.tree.leaves(state.opt_state))
+        == learning
+        == sum(x.size for x in jax.tree.leaves(state.history))
+        < sum(x.size for x in jax.tree.leaves(params))
+    )
+    merge = lambda factors: lora.merge(params, factors, 6.0)
+    plain, opt_state = factors, tx.init(factors)
+    for step in range(2):
+        batch = answers(step)
+        plain, opt_state, _ = plain_grpo(
+            model, plain, batch, tx, opt_state, reference=factors, kl=0.04, parts=[range(P)], merge=merge
+        )
+        before = jax.tree.map(np.array, method.mean(state))
+        state, _ = method.learn(state, batch, None)
+        trees_close(state.params, plain, 2e-5)
+        equal(method.weights(state)[0], before)
+    equal(state.base, params)
+    trees_close(method.mean(state), merge(state.params), 1e-6)
+
+
+# -- routing replay --------------------------------------------------------------------------------------------------
+
+
+def whole(recorded):
+    """As `Rollouts.experts`, prompts padded -> [N, layers, T, k] of whole sequences, -1 beyond them."""
+    out = np.full((len(recorded), recorded.shape[2], LONGEST + L, recorded.shape[3]), -1, np.int32)
+    for i, row in enumerate(np.repeat(range(P), G)):
+        n = len(PROMPTS[row])
+        out[i, :, : n + L] = np.concatenate([recorded[i, :n], recorded[i, LONGEST:]]).swapaxes(0, 1)
+    return out
+
+
+def test_r3_forces_what_the_sampler_used_in_the_update_and_in_the_proximal_pass():
+    """The reference, in the KL penalty, routes for itself."""
+    model, params = start(MOE)
+    first = np.random.default_rng(5).integers(0, 4, (P * G, LONGEST + L, 1, 1))
+    experts = np.concatenate([first, (first + 1) % 4], axis=-1).astype(np.int8)  # no router's choice
+    batch = answers(config=MOE)
+    recorded = batch._replace(rollouts=dataclasses.replace(batch.rollouts, experts=experts))
+    method, tx = made(settings(routing="r3", minibatches=2), config=MOE), optimizer()
+    assert method.record_experts
+    plain, _, _ = plain_grpo(
+        model,
+        params,
+        batch,
+        tx,
+        tx.init(params),
+        reference=params,
+        kl=0.04,
+        parts=order(0, 0, 2),
+        experts=whole(experts),
+    )
+    state, _ = method.learn(method.init(params), recorded, None)
+    trees_close(state.params, plain, 2e-5)
+    groups = Groups.make(batch.problem, batch.rollouts, batch.scored)
+    with pytest.raises(ValueError, match="got no record: take routing 'r2'"):
+        method.learn(method.init(params), batch, None)
+    with pytest.raises(ValueError, match="got replayed groups"):
+        method.learn(method.init(params), recorded, groups)
+
+
+def test_r2_forces_the_experts_of_the_parameters_the_step_starts_from():
+    """In the first update they are the router's own, so nothing changes there: in the plain computation it is free."""
+    model, params = start(MOE)
+    batch, tx = answers(config=MOE), optimizer(5.0)
+    where = np.repeat(batch.problem, G), batch.rollouts.tokens
+    before = routed(model, params, *where)
+    method = made(settings(FREE, routing="r2", minibatches=2, epochs=2), 5.0, MOE)
+    assert not method.record_experts
+    state, _ = method.learn(method.init(params), batch, None)
+    free = {"reference": params, "kl": 0.0}
+    first, *others = [*order(0, 0, 2), *order(0, 1, 2)]
+    plain, opt_state, _ = plain_grpo(model, params, batch, tx, tx.init(params), parts=[first], **free)
+    plain, _, _ = plain_grpo(
+        model, plain, batch, tx, opt_state, parts=others, experts=before, old=scores(model, params, *where)[0], **free
+    )
+    trees_close(state.params, plain, 1e-4)
+    assert (np.sort(routed(model, state.params, *where)) != np.sort(before)).any()  # there was something to keep
