@@ -8,9 +8,14 @@ Runs every CONFIG[:variant] with seeds 0, 1, ... one command after the other, ea
 complete are not repeated, unless the config has changed since: that is an error. Then writes OUT.json (what each run
 scored, in how much work and time, and its curve) and OUT.png: one row of panels per config file, against work and against
 seconds. Without arguments: EGGROLL, OpenES and PPO on CartPole and Pendulum, about 8 minutes on 2 CPU cores.
+
+    --rows=gradient.staleness           a row of panels per value of this key of the config
+    --panels step:eval_reward step:ess  X:Y of the panels in a row; Y is in OUT.json, too
+    --reach=0.9                         OUT.json has the step, work, completions and seconds at which each run came so far
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -28,6 +33,7 @@ DEFAULT = tuple(
 )
 _METRICS = ("eval_return", "test_accuracy", "eval_reward")  # of the mean parameters; a run has one of them
 _UNITS = ("env_steps", "examples", "tokens")
+_NAMES = {"eggroll": "EGGROLL", "openes": "OpenES", "ppo": "PPO", "backprop": "backprop"}
 
 
 class Finished(NamedTuple):
@@ -54,41 +60,86 @@ def run(workdir: Path, config: str, seed: int) -> plot.RunData:
         subprocess.run([sys.executable, "-m", f"experiments.{script}", *flags], check=True, stdout=sys.stderr)
     stored = json.loads((folder / "config.json").read_text())
     config_lib.check_same(stored, config_lib.resolved(config_lib.load(config, [f"seed={seed}"])), str(folder))
-    return plot.read_run(folder)
+    return totalled(plot.read_run(folder))
+
+
+def totalled(data: plot.RunData) -> plot.RunData:
+    """A run whose column `completions` counts from the start, as its units of work do."""
+    each = data.columns.get("completions", {})
+    total = dict(zip(sorted(each), itertools.accumulate(each[step] for step in sorted(each)), strict=True))
+    return data._replace(columns=data.columns | ({"completions": total} if total else {}))
 
 
 def name(settings: dict[str, Any]) -> str:
-    """What a resolved, flat config is called: its method and, of evolution, what tells variants apart."""
-    known = {"eggroll": "EGGROLL", "openes": "OpenES", "ppo": "PPO", "backprop": "backprop"}
-    title = known.get(settings["method"], settings["method"].replace("_", " "))
-    if settings["method"] == "eggroll":
+    """What a resolved, flat config is called: its method, and what tells variants of it apart."""
+    method = settings["method"]
+    title = _NAMES.get(method, method.replace("_", " "))
+    if method == "eggroll":
         title += f", {settings['es.population']}, rank {settings['es.rank']}"
+    for key, usual in (("selection.name", "uniform"), ("replay.name", "none")):
+        if settings.get(key, usual) != usual:
+            title += f", {settings[key]} {key.partition('.')[0]}"
     if "model.preset" in settings:
         title += f", {Path(settings['model.path']).name or settings['model.preset']}"
     return title
 
 
-def rows(finished: Finished) -> list[dict[str, Any]]:
-    """Score, work, time and curve of each run."""
+def measured(data: plot.RunData) -> tuple[str, str]:
+    """(metric of the mean parameters, unit of work) of a run."""
+    metric, unit = (next(n for n in names if n in data.columns) for names in (_METRICS, _UNITS))
+    return metric, unit
+
+
+def reached(data: plot.RunData, least: float) -> dict[str, float] | None:
+    """Where the mean parameters first scored so much: step, work, seconds; None if they never did."""
+    metric, unit = measured(data)
+    step = next((n for n, score in sorted(data.columns[metric].items()) if score >= least), None)
+    known = [column for column in (unit, "completions", "seconds") if column in data.columns]
+    return None if step is None else {"step": step} | {column: data.columns[column][step] for column in known}
+
+
+def rows(finished: Finished, shown: Sequence[str] = (), reach: float | None = None) -> list[dict[str, Any]]:
+    """Score, work, time and curve of each run, with these columns beside the usual ones."""
     out = []
     for data in finished.runs:
-        metric, unit = (next(n for n in names if n in data.columns) for names in (_METRICS, _UNITS))
+        metric, unit = measured(data)
         steps = sorted(data.columns[metric])
-        curve = {column: [data.columns[column][step] for step in steps] for column in (unit, "seconds", metric)}
+        columns = dict.fromkeys((unit, "seconds", metric, *(y for y in shown if y != "step")))
+        curve = {column: [data.columns[column].get(step) for step in steps] for column in columns}
         result = json.loads((data.path / "result.json").read_text())
-        out.append({"config": finished.config, "name": name(data.config), **result, "curve": curve})
+        far = {} if reach is None else {"reach": reach, "reached": reached(data, reach)}
+        out.append({"config": finished.config, "name": name(data.config), **result, **far, "curve": curve})
     return out
 
 
-def panels(group: Sequence[Finished]) -> list[tuple[list[plot.Curve], str, str, str]]:
-    """The variants of one config file, against work and against seconds."""
+def panels(group: Sequence[Finished], axes: Sequence[tuple[str, str]] = (), key: str = "") -> list[plot.Panel]:
+    """The runs of one row, against work and against seconds unless `axes` says (x, y)."""
     first = group[0].runs[0]
-    metric, unit = (next(n for n in names if n in first.columns) for names in (_METRICS, _UNITS))
-    title = str(next(first.config[key] for key in ("env", "task", "task.name") if key in first.config))
+    metric, unit = measured(first)
+    title = str(next(first.config[name] for name in ("env", "task", "task.name") if name in first.config))
+    if key:
+        title += f", {key.rpartition('.')[2]} {first.config[key]}"
     return [
-        ([plot.make_curve(f.runs, name(f.runs[0].config), x, metric) for f in group], x, metric, title)
-        for x in (unit, "seconds")
+        ([plot.make_curve(f.runs, name(f.runs[0].config), x, y) for f in group], x, y, title)
+        for x, y in axes or ((unit, metric), ("seconds", metric))
     ]
+
+
+def grouped(finished: Sequence[Finished], key: str = "") -> list[list[Finished]]:
+    """The rows of panels: of one config file, and of one value of the key.
+
+    Raises:
+      rl.config.ConfigError: a config without the key.
+    """
+    out: dict[tuple[str, str], list[Finished]] = {}
+    for one in finished:
+        config = one.runs[0].config
+        if key and key not in config:
+            raise config_lib.ConfigError(
+                f"--rows={key} must be a key of every config; {one.config} has none of that name"
+            )
+        out.setdefault((one.config.partition(":")[0], str(config.get(key))), []).append(one)
+    return list(out.values())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,22 +149,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workdir", required=True, type=Path, help="folder of the runs")
     parser.add_argument("--out", default=Path("experiments/results/compare"), type=Path, help="without suffix")
     parser.add_argument("--seeds", default=3, type=int, help="how many")
+    parser.add_argument("--rows", default="", metavar="KEY", help="of the config: a row of panels per value")
+    parser.add_argument("--panels", default=(), nargs="+", metavar="X:Y", type=_axes, help="columns of the metrics")
+    parser.add_argument("--reach", default=None, type=float, metavar="SCORE", help="report where each run reached it")
     options = parser.parse_args(argv)
     if options.seeds < 1:
         parser.error(f"--seeds must be at least 1, not {options.seeds}")
     configs = dict.fromkeys(options.configs)
     try:
         finished = [Finished(c, [run(options.workdir, c, seed) for seed in range(options.seeds)]) for c in configs]
-    except (config_lib.ConfigError, subprocess.CalledProcessError) as error:
+        grid = [panels(group, options.panels, options.rows) for group in grouped(finished, options.rows)]
+    except (config_lib.ConfigError, plot.PlotError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    files = dict.fromkeys(config.partition(":")[0] for config in configs)
-    grid = [panels([f for f in finished if f.config.partition(":")[0] == file]) for file in files]
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(row) for f in finished for row in rows(f))
+    shown = dict.fromkeys(column for axes in options.panels for column in axes)
+    lines = ",\n".join(json.dumps(row) for f in finished for row in rows(f, shown, options.reach))
     options.out.with_suffix(".json").write_text(f"[\n{lines}\n]\n")
-    plot.draw_grid(grid, options.out.with_suffix(".png"), (12, 4 * len(grid)))
+    plot.draw_grid(grid, options.out.with_suffix(".png"), (6 * len(grid[0]), 4 * len(grid)))
     return 0
+
+
+def _axes(text: str) -> tuple[str, str]:
+    x, separator, y = text.partition(":")
+    if not (x and separator and y):
+        raise argparse.ArgumentTypeError(f"a panel is X:Y, two columns of the metrics, not {text!r}")
+    return x, y
 
 
 if __name__ == "__main__":

@@ -116,6 +116,9 @@ def make_curve(group: Sequence[RunData], label: str, x: str, y: str) -> Curve:
     return Curve(label, x_rp.mean(0), y_rp.mean(0), y_rp.min(0), y_rp.max(0), len(group))
 
 
+Panel = tuple[Sequence[Curve], str, str, str]  # curves, x, y, title
+
+
 def default_metric(runs: Sequence[RunData]) -> str:
     """The metric drawn without `--y`: the first preferred one that every run has, else the first common metric."""
     common = set.intersection(*({*run.columns} for run in runs))
@@ -133,8 +136,8 @@ def draw(curves: Sequence[Curve], x: str, y: str, out: str | Path) -> None:
     draw_grid([[(curves, x, y, "")]], out, (7, 4.5))
 
 
-def draw_grid(panels: Sequence[Sequence[tuple[Sequence[Curve], str, str, str]]], out: str | Path, size) -> None:
-    """Writes a PNG of rows of panels, each (curves, x, y, title); size is (width, height) in inches.
+def draw_grid(panels: Sequence[Sequence[Panel]], out: str | Path, size) -> None:
+    """Writes a PNG of rows of panels; size is (width, height) in inches.
 
     Raises:
       PlotError: matplotlib is missing, or `out` cannot be written.

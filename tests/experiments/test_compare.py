@@ -58,6 +58,57 @@ def test_runs_once_and_writes_scores_curves_and_figure(started, tmp_path):
     assert len(started) == 6  # nothing is run again
 
 
+def test_rows_by_a_key_panels_by_columns_and_where_a_score_was_reached(tmp_path, monkeypatch):
+    """Six finished runs written by hand: 3 steps, evaluated at 1 and 3, completions per step 8, 4, 4."""
+    settings = {"task.name": "cipher", "model.preset": "micro-transformer", "model.path": ""}
+
+    def run(workdir, config, seed):
+        method, k = config.split(":")[1].split("_")
+        folder = tmp_path / f"{method}_{k}_{seed}"
+        folder.mkdir()
+        own = {"method": method, "gradient.staleness": int(k), "selection.name": "dots", "replay.name": "none"}
+        (folder / "config.json").write_text(json.dumps(settings | own))
+        (folder / "result.json").write_text(json.dumps({"score": 50.0, "seed": seed}))
+        rows = [{"step": n, "tokens": 10 * n, "completions": 8 if n == 1 else 4, "ess": 1 / n} for n in (1, 2, 3)]
+        rows[0]["eval_reward"], rows[2]["eval_reward"] = 0.25, 0.5 + seed / 4
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "timing.jsonl").write_text(
+            "".join(json.dumps({"step": n, "seconds": 2 * n}) + "\n" for n in (1, 2, 3))
+        )
+        return compare.totalled(compare.plot.read_run(folder))
+
+    monkeypatch.setattr(compare, "run", run)
+    drawn = []
+    monkeypatch.setattr(compare.plot, "draw_grid", lambda grid, out, size: drawn.append((grid, size)))
+    configs = [f"configs/x.py:{name}" for name in ("grpo_0", "vcpo_0", "grpo_4")]
+    common = [f"--workdir={tmp_path}", f"--out={tmp_path / 'out'}", "--seeds=2"]
+    flags = ["--rows=gradient.staleness", "--reach=0.7", "--panels", "step:eval_reward", "completions:ess"]
+    assert compare.main([*configs, *common, *flags]) == 0
+    ((first, second), size) = drawn[0]
+    assert size == (12, 8)
+    assert [(x, y, title) for _, x, y, title in second] == [
+        ("step", "eval_reward", "cipher, staleness 4"), ("completions", "ess", "cipher, staleness 4"),
+    ]  # fmt: skip
+    assert [curve.label for curve in first[0][0]] == [
+        f"{m}, dots selection, micro-transformer" for m in ("grpo", "vcpo")
+    ]
+    assert first[1][0][0].x.tolist() == [8, 12, 16] and first[0][0][0].mean.tolist() == [0.25, 0.625]
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert rows[0]["curve"]["ess"] == [1.0, 1 / 3] and rows[0]["curve"]["completions"] == [8, 16]
+    assert [row["reached"] for row in rows[:2]] == [None, {"step": 3, "tokens": 30, "completions": 16, "seconds": 6}]
+
+
+def test_panels_and_keys_that_do_not_exist(started, tmp_path, capsys):
+    arguments = [CONFIGS[0], f"--workdir={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}", "--seeds=1"]
+    assert compare.main([*arguments, "--rows=gradient.staleness"]) == 2
+    assert "--rows=gradient.staleness must be a key of every config" in capsys.readouterr().err
+    assert compare.main([*arguments, "--panels", "step:ess"]) == 2
+    assert "has no column 'ess'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        compare.main([*arguments, "--panels", "ess"])
+    assert "a panel is X:Y" in capsys.readouterr().err
+
+
 def test_a_run_of_another_config_is_not_taken_for_this_one(started, tmp_path, capsys):
     arguments = [CONFIGS[0], f"--workdir={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}", "--seeds=1"]
     assert compare.main(arguments) == 0
