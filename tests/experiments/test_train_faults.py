@@ -111,7 +111,7 @@ MISTAKES = {
     "fitness=pass_at k=3 samples=2": "needs 1 <= k <= samples per prompt; got k = 3 and 2 samples",
     "fitness=pass_at k=0": "got k = 0",
     "samples=2": "got config.samples = 2 at temperature 0",
-    "model.path= model.preset=tiny": "preset must be one of ['qwen3-0.6b'",
+    "model.path= model.preset=tiny": "preset must be one of ['micro-transformer', 'qwen3-0.6b'",
     "model.path=/nowhere/at/all": "neither an existing directory nor such a name",
     "model.path=tests": "is not a checkpoint: it has no config.json",
     "budget=29": "must fit the model's 32 tokens",

@@ -237,7 +237,7 @@ def test_compiled_once_whatever_the_lengths():
         return estimates.estimate(model, params, batch, CLIP)[0].gradient
 
     used = set()
-    for seed in range(3):
+    for seed in range(3, 6):
         batch = made(seed=seed)
         used.add(int(batch.used))
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(run(params, batch)))
