@@ -114,7 +114,7 @@ def evaluate(
 def answer(setup: Setup, params, prompts: Prompts, samples: int, sampling: Sampling, key: jax.Array) -> Answered:
     """The model's answers to every prompt, judged."""
     requests = data.population_requests(prompts, 0, samples, setup.config.budget, 0)
-    settings = dataclasses.replace(setup.settings, sampling=sampling)
+    settings = dataclasses.replace(setup.settings, sampling=sampling, record_experts=False)
     rollouts = generate(setup.model, settings, params, requests, key)
     texts, scored = verdicts(setup, prompts, np.repeat(np.arange(len(prompts)), samples), rollouts)
     return Answered(texts, rollouts, scored)
