@@ -179,6 +179,6 @@ def verdicts(setup: Setup, problems: Prompts, asked: np.ndarray, rollouts: Rollo
 def evaluate(setup: Setup, params: Params) -> Scored:
     """The parameters' greedy answers to the held-out problems."""
     requests = data.population_requests(setup.test, 0, 1, setup.config.budget, 0)
-    settings = dataclasses.replace(setup.settings, sampling=GREEDY)
+    settings = dataclasses.replace(setup.settings, sampling=GREEDY, record_experts=False)
     rollouts = generate(setup.model, settings, params, requests, setup.key)
     return verdicts(setup, setup.test, np.arange(len(setup.test)), rollouts)[1]

@@ -32,7 +32,7 @@ def assign(
     free: Score,
     policies: tuple[Any, Any, Any],
     updates: int,
-) -> dict[str, np.ndarray]:
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Credit by answer and token, under the names of `TrainBatch.credit`.
 
     Unjudged answers, and groups without spread where `informative_only`, count nowhere. Truncated ones that are dropped lose
@@ -49,8 +49,9 @@ def assign(
         updates: of this step; with a single one the proximal policy is the policy itself.
 
     Returns:
-        mask bool [P, G, L]; advantage, behaviour and, where they are needed, proximal, reference and previous f32 [P, G, L];
-        counted bool and share f32 [P, G]. Where the proximal policy is interpolated, "proximal" holds ages, for `interpolated`.
+        (credit, rewards f32 [P, G] with their penalties). Of the credit, mask is bool [P, G, L]; advantage, behaviour and,
+        where they are needed, proximal, reference and previous f32 [P, G, L]; counted bool and share f32 [P, G]. Where the
+        proximal policy is interpolated, "proximal" holds ages, for `interpolated`.
     """
     policy, reference, previous = policies
     counted = groups.ok & (groups.informative[:, None] | (not settings.informative_only))
@@ -63,57 +64,36 @@ def assign(
         out["proximal"] = (step + 1 - groups.version).astype(np.float32)
     elif updates > 1:
         out["proximal"] = own(policy)
-    anchor = free(reference) if settings.anchored else None
-    if settings.objective.kl:
-        out["reference"] = anchor
+    if settings.anchored:
+        out["reference"] = free(reference)
     if settings.kl_convex:
         share = float(convex_share(step))
-        out["previous"] = free(previous) if share < 1 else anchor  # alone, the reference has all of it
+        out["previous"] = free(previous) if share < 1 else out["reference"]  # alone, the reference has all of it
         out["share"] = np.full(counted.shape, share, np.float32)
-    value, penalty = groups.value, None
+    value, by_token = groups.value, {}
     if settings.overlong:
         value = value + np.asarray(advantages.overlong_penalty(groups.length, longest, settings.overlong))
     if settings.kl_in_reward:
         known = settings.proximal != "interpolated" and "proximal" in out
-        penalty = np.where(judged, (out["proximal"] if known else own(policy)) - anchor, 0)
-    return out | {"advantage": advantage(settings, value, counted, judged, penalty)}
+        penalty = np.where(judged, (out["proximal"] if known else own(policy)) - out["reference"], 0)
+        if settings.advantage == "whitened_returns":
+            by_token = {"kl": rows(penalty), "coefficient": settings.kl_in_reward}
+        else:
+            value = value - settings.kl_in_reward * penalty.sum(axis=-1)
+    value = value.astype(np.float32)
+    made = _advantage(settings.advantage, settings.advantage_options, value, counted, rows(judged), by_token)
+    return out | {"advantage": np.asarray(made).reshape(judged.shape)}, value
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _advantage(name: str, options: tuple[tuple[str, Any], ...], value, ok, mask, by_token) -> jax.Array:
+    return advantages.ADVANTAGES[name](value, ok, mask, **dict(options), **by_token)
 
 
 def truncated(groups: Groups, longest: int, stop: tuple[int, ...]) -> np.ndarray:
     """bool [P, G], answers that used up their budget without ending."""
     last = np.take_along_axis(groups.tokens, np.maximum(groups.length - 1, 0)[..., None], axis=-1)[..., 0]
     return (groups.length >= longest) & ~np.isin(last, stop)
-
-
-def advantage(
-    settings: Settings, value: np.ndarray, ok: np.ndarray, mask: np.ndarray, penalty: np.ndarray | None
-) -> np.ndarray:
-    """Advantage of every token.
-
-    Args:
-        settings: see `Settings`.
-        value: [P, G], rewards.
-        ok: bool [P, G], which of them count.
-        mask: bool [P, G, L].
-        penalty: nats [P, G, L], log-ratio to the reference, for the KL in the reward; None: there is none.
-
-    Returns:
-        f32 [P, G, L].
-    """
-    by_token = {}
-    if penalty is not None and settings.advantage == "whitened_returns":
-        by_token = {"kl": rows(penalty), "coefficient": settings.kl_in_reward}
-    elif penalty is not None:
-        value = value - settings.kl_in_reward * penalty.sum(axis=-1)
-    made = _advantage(
-        settings.advantage, settings.advantage_options, value.astype(np.float32), ok, rows(mask), by_token
-    )
-    return np.asarray(made).reshape(mask.shape)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _advantage(name: str, options: tuple[tuple[str, Any], ...], value, ok, mask, by_token) -> jax.Array:
-    return advantages.ADVANTAGES[name](value, ok, mask, **dict(options), **by_token)
 
 
 def interpolated(micro: TrainBatch, logp: jax.Array) -> Credit:

@@ -175,7 +175,7 @@ class _Step:
         parts = [part for epoch in range(epochs) for part in self.split(step, epoch, groups.size)]
         experts = self.experts(state, answers, groups, replayed)
         batches = [self.pack(groups, part, experts) for part in parts]
-        credit = self.credit(state, groups, parts, batches)
+        credit, value = self.credit(state, groups, parts, batches)
         if settings.staleness:
             state = state._replace(history=_ring_put(state.history, step % settings.staleness, state.params))
         if settings.kl_convex:
@@ -185,7 +185,7 @@ class _Step:
         for part, batch in zip(parts, batches, strict=True):
             some = {name: rows(x[part]) for name, x in credit.items()}
             if self.norms:
-                some["advantage"] = self.least_variance(learning[0], state.base, batch, some, groups.take(part))
+                some["advantage"] = self.least_variance(learning[0], state.base, batch, some, value[part])
             learning, *measures = self.update(learning, state.base, batch.credit(**some))
             measured.append(measures)
         params, master, opt_state, skipped = learning
@@ -223,13 +223,12 @@ class _Step:
                 "routing 'r3' forces the experts that the sampler used, for which it has to record them, and which replayed "
                 f"groups do not keep; got {'replayed groups' if recorded is not None else 'no record'}: take routing 'r2'"
             )
-        columns = (
-            recorded.shape[1] - longest
-        )  # of the prompts asked, which may all be shorter than the longest there is
+        # the prompts asked may all be shorter than the longest there is
+        columns = recorded.shape[1] - longest
         padding = np.full((len(problem), self.prompt.shape[1] - columns, *recorded.shape[2:]), -1, recorded.dtype)
         return np.concatenate([recorded[:, :columns], padding, recorded[:, columns:]], axis=1)
 
-    def credit(self, state: State, groups: Groups, parts, batches) -> dict[str, np.ndarray]:
+    def credit(self, state: State, groups: Groups, parts, batches) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """See `rl.learners.credit.assign`."""
         once = list(zip(parts, batches, strict=True))[: self.settings.minibatches]  # every answer, one time
         free = [(part, dataclasses.replace(batch, experts=None)) for part, batch in once]
@@ -257,13 +256,13 @@ class _Step:
             out[part] = logp.reshape(out[part].shape)
         return out
 
-    def least_variance(self, params, base, batch: TrainBatch, credit, groups: Groups) -> np.ndarray:
+    def least_variance(self, params, base, batch: TrainBatch, credit, value: np.ndarray) -> np.ndarray:
         """VCPO's advantages for the parameters of now, [n, L]."""
-        shape = groups.value.shape
+        shape = value.shape
         norms, log_weight = self.norms(base, params, batch.credit(**credit))
         norms, log_weight = (batch.gathered(np.asarray(x)).reshape(shape) for x in (norms, log_weight))
         ok = credit["counted"].reshape(shape)
-        advantage = advantages.minimum_variance(groups.value, ok, log_weight, norms)
+        advantage = advantages.minimum_variance(value, ok, log_weight, norms)
         return np.asarray(advantages.to_tokens(advantage, credit["mask"]))
 
     def measures(self, step: int, groups: Groups, credit, replayed: Groups | None) -> dict[str, float]:

@@ -48,7 +48,7 @@ def assigned(objective=FREE, advantage="group_mean", *, step=5, updates=1, shift
 
         return of
 
-    out = credit.assign(
+    out, _ = credit.assign(
         Settings(objective, advantage, **changes), GROUPS, step, longest=LONGEST, stop=(STOP,), own=score("own"),
         free=score("free"), policies=shift or (0.5, 0.25, 0.125), updates=updates,
     )  # fmt: skip
@@ -124,7 +124,7 @@ def test_the_reference_routes_for_itself_and_shares_with_the_step_before():
 def test_kl_in_the_reward():
     """Every token is 0.5 - 0.25 nats from the reference: 0.2 of it, times tokens, is 0.1, 0.15 and 0.2 of reward."""
     out, asked = assigned(advantage="leave_one_out", kl_in_reward=0.4)
-    assert asked == [("free", 0.25), ("own", 0.5)] and "reference" not in out  # not in the loss
+    assert asked == [("free", 0.25), ("own", 0.5)] and "reference" in out  # its distance is a metric of the loss
     value = np.array([1 - 0.2, 0 - 0.3, 0.5 - 0.4])
     close(out["advantage"][0, :, 0], [value[i] - np.delete(value, i).mean() for i in range(3)], 1e-6)
     close(out["advantage"][1, 0, 0], 1 - 0.4 - 1, 1e-6)
@@ -205,6 +205,7 @@ def test_a_mistake_is_refused_before_the_run(overrides):
 def test_every_method_is_built_and_replay_excludes_r3():
     for name in PRESETS:
         assert built(variant=name).members == 0
+    assert built("gradient.remat=True", "gradient.lora.rank=2").record_experts is False
     assert built("gradient.routing=r3", config=toy.MOE).record_experts
     assert built("gradient.routing=r2", variant="dots_rr", config=toy.MOE).record_experts is False
     with pytest.raises(

@@ -11,9 +11,6 @@ from rl.data.replay import Groups
 from rl.learners.gradient import Lora, NonFinite, Settings
 from rl.objectives.presets import PRESETS
 from tests.rl.learners.toy import (
-    LONGEST,
-    MOE,
-    PROMPTS,
     SEED,
     G,
     L,
@@ -22,7 +19,6 @@ from tests.rl.learners.toy import (
     made,
     optimizer,
     plain_grpo,
-    routed,
     scores,
     start,
 )
@@ -119,6 +115,33 @@ def test_the_step_is_scaled_by_the_effective_samples():
     close(scale, metrics["ess"] ** 0.5, 1e-6)
     assert scale < 0.95
     trees_close(scaled.params, jax.tree.map(lambda p, q: p + scale * (q - p), params, whole.params), 1e-6)
+
+
+@pytest.mark.parametrize("norms", ["exact", "logits"])
+def test_baselines_of_least_variance_see_penalised_rewards(norms):
+    """VCPO: b* = sum w^2 n R / sum w^2 n, n by full logits or, exactly, one gradient per answer."""
+    model, params = start()
+    batch = answers(spread=0.5)
+    changes = {"norms": norms, "overlong": 2}
+    method = made(settings(PRESETS["vcpo"].objective, "minimum_variance", **changes))
+    _, metrics = method.learn(method.init(params), batch, None)
+    where, mask = (np.repeat(batch.problem, G), batch.rollouts.tokens), batch.rollouts.mask
+    logp, _, agree = map(np.asarray, scores(model, params, *where))
+    if norms == "logits":
+        n = np.where(mask, 1 - 2 * np.exp(logp) + agree, 0).sum(1)
+    else:
+        total = lambda p: jax.numpy.where(mask, scores(model, p, *where)[0], 0).sum(1)
+        n = sum(
+            (np.asarray(x).reshape(P * G, -1) ** 2).sum(1) for x in jax.tree.leaves(jax.jit(jax.jacrev(total))(params))
+        )
+    w = np.exp(np.where(mask, logp - batch.rollouts.logp, 0).sum(1))
+    length = batch.rollouts.length.reshape(P, G)
+    value = batch.scored.value.reshape(P, G) - np.clip((length - 3) / 2, 0, 1)
+    weight = (w**2 * n).reshape(P, G)
+    baseline = (weight * value).sum(1, keepdims=True) / weight.sum(1, keepdims=True)
+    advantage = (value - baseline) / value.std(1, keepdims=True)
+    terms = np.where(mask, logp, 0).sum(1) / batch.rollouts.length * np.minimum(w, 8) * advantage.reshape(-1)
+    close(metrics["objective"], terms.mean(), 1e-4)
 
 
 # -- policies of other steps -----------------------------------------------------------------------------------------
@@ -265,63 +288,3 @@ def test_only_the_factors_of_an_adapter_learn():
         equal(method.weights(state)[0], before)
     equal(state.base, params)
     trees_close(method.mean(state), merge(state.params), 1e-6)
-
-
-# -- routing replay --------------------------------------------------------------------------------------------------
-
-
-def whole(recorded):
-    """As `Rollouts.experts`, prompts padded -> [N, layers, T, k] of whole sequences, -1 beyond them."""
-    out = np.full((len(recorded), recorded.shape[2], LONGEST + L, recorded.shape[3]), -1, np.int32)
-    for i, row in enumerate(np.repeat(range(P), G)):
-        n = len(PROMPTS[row])
-        out[i, :, : n + L] = np.concatenate([recorded[i, :n], recorded[i, LONGEST:]]).swapaxes(0, 1)
-    return out
-
-
-def test_r3_forces_what_the_sampler_used_in_the_update_and_in_the_proximal_pass():
-    """The reference, in the KL penalty, routes for itself."""
-    model, params = start(MOE)
-    first = np.random.default_rng(5).integers(0, 4, (P * G, LONGEST + L, 1, 1))
-    experts = np.concatenate([first, (first + 1) % 4], axis=-1).astype(np.int8)  # no router's choice
-    batch = answers(config=MOE)
-    recorded = batch._replace(rollouts=dataclasses.replace(batch.rollouts, experts=experts))
-    method, tx = made(settings(routing="r3", minibatches=2), config=MOE), optimizer()
-    assert method.record_experts
-    plain, _, _ = plain_grpo(
-        model,
-        params,
-        batch,
-        tx,
-        tx.init(params),
-        reference=params,
-        kl=0.04,
-        parts=order(0, 0, 2),
-        experts=whole(experts),
-    )
-    state, _ = method.learn(method.init(params), recorded, None)
-    trees_close(state.params, plain, 2e-5)
-    groups = Groups.make(batch.problem, batch.rollouts, batch.scored)
-    with pytest.raises(ValueError, match="got no record: take routing 'r2'"):
-        method.learn(method.init(params), batch, None)
-    with pytest.raises(ValueError, match="got replayed groups"):
-        method.learn(method.init(params), recorded, groups)
-
-
-def test_r2_forces_the_experts_of_the_parameters_the_step_starts_from():
-    """In the first update they are the router's own, so nothing changes there: in the plain computation it is free."""
-    model, params = start(MOE)
-    batch, tx = answers(config=MOE), optimizer(5.0)
-    where = np.repeat(batch.problem, G), batch.rollouts.tokens
-    before = routed(model, params, *where)
-    method = made(settings(FREE, routing="r2", minibatches=2, epochs=2), 5.0, MOE)
-    assert not method.record_experts
-    state, _ = method.learn(method.init(params), batch, None)
-    free = {"reference": params, "kl": 0.0}
-    first, *others = [*order(0, 0, 2), *order(0, 1, 2)]
-    plain, opt_state, _ = plain_grpo(model, params, batch, tx, tx.init(params), parts=[first], **free)
-    plain, _, _ = plain_grpo(
-        model, plain, batch, tx, opt_state, parts=others, experts=before, old=scores(model, params, *where)[0], **free
-    )
-    trees_close(state.params, plain, 1e-4)
-    assert (np.sort(routed(model, state.params, *where)) != np.sort(before)).any()  # there was something to keep
