@@ -19,6 +19,7 @@ from jax import Array, lax
 
 from eggroll import Estimate
 from kernels import token_logprob
+from rl.data.packing import Shape
 from rl.models.language import LanguageModel, Params
 from rl.objectives.policy_gradient import Credit, Objective, loss
 from rl.types import TrainBatch
@@ -204,6 +205,36 @@ def norms(
 
     zeros = jnp.zeros(batch.source.shape, jnp.float32)
     return lax.fori_loop(0, batch.used, one, (zeros, zeros))
+
+
+def temporary_bytes(
+    model: LanguageModel,
+    params: Any,
+    objective: Objective,
+    shape: Shape,
+    *,
+    merge: Callable[[Any], Params] = lambda params: params,
+) -> int:
+    """Bytes that `estimate` takes beside its arguments and the gradient: activations and logits of one micro-batch.
+
+    From the compiled program, so it takes as long as compiling; nothing is computed or allocated.
+
+    Args:
+        model, objective, merge: as `estimate`.
+        params: arrays or shapes.
+        shape: of the micro-batches; how many there are makes no difference.
+    """
+    array = lambda dtype, *size: jax.ShapeDtypeStruct((1, *size), dtype)
+    tokens, places = (shape.rows, shape.capacity), (shape.sequences,)
+    columns = {name: array(jnp.int32, *places) for name in ("source", "row", "offset", "prompt_length", "length")}
+    number = array(jnp.float32, *places, shape.longest)
+    batch = TrainBatch(
+        ids=array(jnp.int32, *tokens), segments=array(jnp.int32, *tokens), used=jax.ShapeDtypeStruct((), jnp.int32),
+        longest=shape.longest, mask=array(jnp.bool_, *places, shape.longest), counted=array(jnp.bool_, *places),
+        advantage=number, behaviour=number, proximal=number, reference=number, **columns,
+    )  # fmt: skip
+    run = jax.jit(lambda params, batch: estimate(model, params, batch, objective, merge=merge))
+    return run.lower(params, batch).compile().memory_analysis().temp_size_in_bytes
 
 
 def credit_of(micro: TrainBatch) -> Credit:

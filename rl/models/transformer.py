@@ -2,21 +2,18 @@
 
 import dataclasses
 import functools
-import itertools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import Array
 
-from kernels import decode_attention
+from rl.models.attention import attend, attend_whole, store
 from rl.models.experts import Experts, check_forced
 from rl.models.language import LanguageModel, check_segments, segment_positions, stacked_rules
 from rl.models.rope import Rope, rotate, rotation
 
 _DTYPES = ("float32", "bfloat16", "float64")
-_CPU_BLOCK, _BLOCK = 64, 512  # queries whose scores exist at one time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,9 +157,12 @@ class Transformer(nn.Module):
         """(hidden [L, width], cache, experts [layers, L, k] or None); arguments as `LanguageModel.forward`."""
         c = self.config
         positions = start + jnp.arange(len(ids))
-        turned = positions if segments is None else segment_positions(segments)
-        angles = rotation(c.rope, c.head_dim, c.max_length, turned, start + count)
-        span = (angles, positions, start + count, segments)
+        inside, first = positions, None
+        if segments is not None:
+            inside = segment_positions(segments)
+            first = positions - inside
+        angles = rotation(c.rope, c.head_dim, c.max_length, inside, start + count)
+        span = (angles, positions, start + count, first)
         x = self.embed(ids)
         if c.scan_layers:
             (x, cache), chosen = self.layers((x, cache), span, jnp.arange(c.layers), experts)
@@ -263,15 +263,15 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, span, index, cache):
-        """x [L, width] -> ([L, width], cache); span is ((cos, sin), positions [L], start + count, segments [L] or None)."""
-        c, (angles, positions, filled, segments) = self.config, span
+        """x [L, width] -> ([L, width], cache); span is ((cos, sin), positions [L], start + count, first [L] or None)."""
+        c, (angles, positions, filled, first) = self.config, span
         heads = lambda name, n: dense(c, n * c.head_dim, c.qkv_bias, name)(x).reshape(len(x), n, c.head_dim)
         q, k, v = heads("query", c.heads), heads("key", c.kv_heads), heads("value", c.kv_heads)
         if c.qk_norm:
             q, k = RMSNorm(c, name="query_norm")(q), RMSNorm(c, name="key_norm")(k)
         q, k = rotate(q, *angles), rotate(k, *angles)
         if cache is None:
-            out = attend_whole(q, k.transpose(1, 2, 0), v.transpose(1, 2, 0), filled, segments)
+            out = attend_whole(q, k.transpose(1, 2, 0), v.transpose(1, 2, 0), filled, first)
         else:
             cache = {
                 "k": store(cache["k"], k, index, positions, filled),
@@ -280,65 +280,3 @@ class Attention(nn.Module):
             k, v = (cache[name] if index is None else cache[name][index] for name in ("k", "v"))
             out = attend(q, k, v, positions, filled)
         return dense(c, c.width, c.out_bias, "out", into_residual=True)(out.reshape(len(x), -1)), cache
-
-
-def store(cache: Array, rows: Array, index: Array | None, positions: Array, filled: Array) -> Array:
-    """Writes rows [L, kv_heads, head_dim] into a cache [..., kv_heads, head_dim, T] at their positions.
-
-    Padding and what lies beyond the cache is dropped.
-    """
-    at = jnp.where(positions < filled, positions, cache.shape[-1])
-    place = (slice(None), slice(None), at)
-    if index is None:
-        return cache.at[place].set(rows.astype(cache.dtype).transpose(1, 2, 0), mode="drop")
-    return cache.at[(index, *place)].set(rows.astype(cache.dtype), mode="drop")
-
-
-def attend_whole(q: Array, k: Array, v: Array, filled: Array | int, segments: Array | None) -> Array:
-    """`attend` of a sequence to itself, in blocks of queries: none meets the keys after its block.
-
-    Blocks halve the arithmetic and the memory of scores, and on a CPU keep a block's scores in cache.
-
-    Args:
-        q: [L, heads, d].
-        k, v: [kv_heads, d, L].
-        segments: [L], see `LanguageModel.forward`.
-    """
-    length = len(q)
-    blocks = -(-length // (_CPU_BLOCK if jax.default_backend() == "cpu" else _BLOCK))
-    edges = [length * i // blocks for i in range(blocks + 1)]
-    of = lambda a, b: None if segments is None else (segments[a:b], segments[:b])
-    parts = [
-        attend(q[a:b], k[..., :b], v[..., :b], jnp.arange(a, b), filled, of(a, b)) for a, b in itertools.pairwise(edges)
-    ]
-    return parts[0] if blocks == 1 else jnp.concatenate(parts)
-
-
-def attend(
-    q: Array, k: Array, v: Array, positions: Array, filled: Array | int, segments: tuple[Array, Array] | None = None
-) -> Array:
-    """softmax(q k^T / sqrt(d)) v over keys 0 .. position, scores and softmax in f32 or wider.
-
-    Args:
-        q: [L, heads, d], head h reads key-value head h // (heads / kv_heads).
-        k, v: [kv_heads, d, T]; entries from `filled` on are never read: they may be NaN.
-        positions: [L] of the queries.
-        segments: of the queries [L] and of the keys [T]; only keys of a query's own segment are read.
-
-    Returns:
-        [L, heads, d].
-    """
-    length, heads, size = q.shape
-    if length == 1 and segments is None:
-        return decode_attention.attend(q[0], k, v, jnp.minimum(positions[0] + 1, filled))[None]
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    grouped = q.reshape(length, k.shape[0], heads // k.shape[0], size).transpose(1, 2, 0, 3)
-    keys = jnp.arange(k.shape[-1])
-    seen = (keys <= positions[:, None]) & (keys < filled)
-    if segments is not None:
-        seen &= segments[0][:, None] == segments[1]
-    scores = jnp.einsum("grld,gdt->grlt", grouped, k, preferred_element_type=wide) * size**-0.5
-    weights = nn.softmax(jnp.where(seen, scores, jnp.finfo(wide).min), axis=-1)
-    values = jnp.where(keys < filled, v, 0)
-    out = jnp.einsum("grlt,gdt->grld", weights.astype(v.dtype), values)
-    return out.transpose(2, 0, 1, 3).reshape(length, heads, size)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rl.models import transformer
+from rl.models import attention
 from rl.models.language import segment_positions
 from rl.models.presets import make
 from rl.models.rope import Rope
@@ -93,18 +93,32 @@ def test_rows_by_vmap_and_bf16(name):
     assert 1e-5 < gap.mean() < 0.05 * np.abs(expected).mean() + 0.02
 
 
-@pytest.mark.parametrize("block", [1, 4, 5])
+@pytest.mark.parametrize("block", [4, 5])
 def test_blocks_of_queries_change_nothing(block, monkeypatch):
-    monkeypatch.setattr(transformer, "_CPU_BLOCK", block)
-    monkeypatch.setattr(transformer, "_BLOCK", block)
+    monkeypatch.setattr(attention, "_CPU_BLOCK", block)
+    monkeypatch.setattr(attention, "_BLOCK", block)
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((18, 4, 6), (2, 6, 18), (2, 6, 18)))
-    for segments, count in ((None, 18), (None, 7), (jnp.asarray(places), 18)):
-        both = None if segments is None else (segments, segments)
-        expected = transformer.attend(q, k, v, jnp.arange(18), count, both)
-        np.testing.assert_allclose(
-            transformer.attend_whole(q, k, v, count, segments)[:count], expected[:count], atol=2e-6
-        )
+    first = jnp.array([0, 0, 0, 0, 0, 5, 6, 6, 6, 6, 6, 6, 6, 13, 14, 14, 16, 16])
+    for starts, count in ((np.zeros(18, int), 18), (np.zeros(18, int), 7), (first, 18)):
+
+        def plain(q, k, v, starts=starts, count=count):
+            """All scores at once."""
+            keys = np.arange(18)
+            seen = (keys <= keys[:, None]) & (keys >= np.asarray(starts)[:, None]) & (keys < count)
+            scores = jnp.einsum("lgrd,gdt->grlt", q.reshape(18, 2, 2, 6), k) / np.sqrt(6)
+            weights = jax.nn.softmax(jnp.where(seen, scores, -1e30))
+            return jnp.einsum("grlt,gdt->lgrd", weights, v).reshape(18, 4, 6)
+
+        blocks = lambda q, k, v, starts=starts, count=count: attention.attend_whole(q, k, v, count, jnp.asarray(starts))
+        value = lambda f, count=count: lambda *parts: jnp.sum(jnp.sin(2 * f(*parts)[:count]))
+        np.testing.assert_allclose(blocks(q, k, v)[:count], plain(q, k, v)[:count], atol=2e-6)
+        for got, expected in zip(
+            *(jax.jit(jax.grad(value(f), (0, 1, 2)))(q, k, v) for f in (blocks, plain)), strict=True
+        ):
+            np.testing.assert_allclose(got, expected, atol=5e-6)
+        poisoned = v.at[..., count:].set(jnp.nan)
+        np.testing.assert_array_equal(blocks(q, k, poisoned)[:count], blocks(q, k, v)[:count])
 
 
 def test_positions_restart_in_every_segment():
