@@ -216,15 +216,14 @@ def test_forced_experts_are_used():
 def test_no_logits_of_a_whole_row_exist_and_a_micro_batch_is_all_the_memory():
     model = make(preset("tiny-transformer", vocab=1009, layers=1))
     params = jax.eval_shape(model.init, jax.random.key(0))
-    shape, memory = Shape(12, 5, 2, LONGEST), {}
-    run = lambda params, batch: estimates.estimate(model, params, batch, CLIP, block=20)
-    for n in (9, 90):
-        batch = made(shape, np.arange(n) % N)
-        lowered = jax.jit(run).lower(params, batch)
-        memory[n] = lowered.compile().memory_analysis().temp_size_in_bytes
+    shape = Shape(12, 5, 2, LONGEST)
+    run = jax.jit(lambda params, batch: estimates.estimate(model, params, batch, CLIP, block=20))
+    lowered = run.lower(params, made(shape, np.arange(90) % N))
     text = lowered.as_text()
     assert "20x1009xf32" in text and not any(f"{k}x1009x" in text for k in (59, 60, 70, 12, 7))
-    assert memory[90] < 1.05 * memory[9]
+    needed = lowered.compile().memory_analysis().temp_size_in_bytes
+    one, four = (estimates.temporary_bytes(model, params, CLIP, dataclasses.replace(shape, rows=r)) for r in (5, 20))
+    assert abs(one - needed) < 0.3 * one and 2.5 < four / one < 4.5
 
 
 def test_compiled_once_whatever_the_lengths():
@@ -244,18 +243,17 @@ def test_compiled_once_whatever_the_lengths():
     assert len(traces) == 1 and len(used) > 1
 
 
-def test_remat_changes_no_number_and_less_is_kept():
-    model, params, _ = prepared("qwen3")
+@pytest.mark.parametrize("name", ["qwen3", "rwkv7"])
+def test_remat_changes_no_number_and_keeps_less(name):
+    model, params, _ = prepared(name, scan_layers=True)
     sparing = make(dataclasses.replace(model.config, remat=True))
     got, expected = (estimator(m, CLIP)(params, made())[0].gradient for m in (sparing, model))
     trees_close(got, expected, 1e-6)
-    size = lambda model: (
-        jax.jit(lambda p, b: estimates.estimate(model, p, b, CLIP)[0].gradient)
-        .lower(jax.eval_shape(model.init, jax.random.key(0)), made(Shape(256, 1, 8, LONGEST)))
-        .compile().memory_analysis().temp_size_in_bytes
-    )  # fmt: skip
-    deep = dataclasses.replace(model.config, layers=8)
-    assert size(make(dataclasses.replace(deep, remat=True))) < 0.5 * size(make(deep))
+    shapes = lambda model: (model, jax.eval_shape(model.init, jax.random.key(0)), CLIP, Shape(256, 1, 8, LONGEST))
+    size = lambda **changes: estimates.temporary_bytes(
+        *shapes(make(dataclasses.replace(model.config, layers=8, **changes)))
+    )
+    assert size(remat=True) < 0.5 * size()
 
 
 @pytest.mark.parametrize("name", ["qwen3", "rwkv7"])
@@ -265,12 +263,12 @@ def test_norms_are_those_of_each_sequence_alone(name):
         mask = rows()["mask"]
         jacobian = jax.jit(jax.jacrev(lambda p: jnp.where(mask, alone(model, p)[0], 0).sum(axis=1)))(params)
         expected = sum((np.asarray(x).reshape(N, -1) ** 2).sum(axis=1) for x in jax.tree.leaves(jacobian))
-        for shape in SHAPES[:2]:
+        run = jax.jit(lambda p, batch: estimates.norms(model, p, batch, temperature=0.8))
+        for shape in SHAPES[:2] if name == "qwen3" else SHAPES[1:2]:
             batch = made(shape)
-            squares, weight = estimates.norms(model, params, batch, temperature=0.8)
+            squares, weight = run(params, batch)
             np.testing.assert_allclose(batch.gathered(np.asarray(squares)), expected, rtol=1e-5)
-            sample = estimator(model, CLIP)(params, batch)[1]
-            close(weight, sample.log_weight, 1e-5)
+            close(weight, estimator(model, CLIP)(params, batch)[1].log_weight, 1e-5)
         assert expected[2] == 0 and expected[0] > 1  # sequence 2 has no token
 
 
@@ -281,16 +279,16 @@ def two_buffers(model, params, batch, rewards, groups, temperature=0.8):
         logp, _ = estimates.completion_logp(model, params, micro, temperature=temperature)
         return jnp.where(micro.mask, logp, 0).sum(), jnp.where(micro.mask, logp - micro.behaviour, 0).sum()
 
-    total = estimates.wide_zeros(params)
+    differentiate, total = jax.jit(jax.grad(score, has_aux=True)), estimates.wide_zeros(params)
     rewards, tokens = np.asarray(rewards), batch.mask.sum(axis=(1, 2))
     for group in range(groups.max() + 1):
-        plain, weighted, norms, logs = total, total, [], []
+        norms, logs = [], []
         plain, weighted = (jax.tree.map(jnp.zeros_like, total) for _ in range(2))
         members = np.flatnonzero(groups == group)
         for i in members:
             (m,) = np.flatnonzero(batch.source[:, 0] == i)
             micro = jax.tree.map(lambda x, m=m: x[m] if np.ndim(x) else x, batch)
-            gradient, log_weight = jax.grad(score, has_aux=True)(params, micro)
+            gradient, log_weight = differentiate(params, micro)
             norms.append(sum(float(jnp.vdot(x, x)) for x in jax.tree.leaves(gradient)))
             logs.append(float(log_weight))
             scale = min(np.exp(logs[-1]), 8.0) / max(tokens[m], 1)
@@ -328,10 +326,10 @@ def test_a_step_along_it_raises_the_objective():
     run = estimator(model, Objective(shape="ratio"))
     batch = made(reference=None)
     before, _ = run(params, batch)
-    step = 0.01 / optax.global_norm(before.gradient)
+    step = 0.01 / optax.tree.norm(before.gradient)
     after, _ = run(jax.tree.map(lambda p, g: p - step * g, params, before.gradient), batch)
     value = lambda made: float(made.metrics["objective"][0] / made.metrics["objective"][1])
-    predicted = float(0.01 * optax.global_norm(before.gradient))
+    predicted = float(0.01 * optax.tree.norm(before.gradient))
     assert 0.7 * predicted < value(after) - value(before) < 1.3 * predicted
 
 
