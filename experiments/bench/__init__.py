@@ -22,9 +22,9 @@ compared are compiled, warmed up, and then timed in turn, round after round; a v
 `gradient`:
 
 * grpo_step, seconds of ours over those of a twin written by hand in plain JAX: `ours_over_plain`, the program one writes
-  first, and `ours_over_tuned`, the fastest known to us. A step is rollout, reward, log-probabilities of the reference, and
-  update; each is also timed alone, on fixed samples. `full_over_ours_bytes`: temporary memory that scoring with a vocabulary
-  of 32,768 is compiled to use, from logits of all tokens, over ours.
+  first, and `ours_over_tuned`, one tuned for a CPU (`twins.py` says how). A step is rollout, reward, log-probabilities of the
+  reference, and update; each is also timed alone, on fixed samples. `full_over_ours_bytes`: temporary memory that scoring
+  with a vocabulary of 32,768 is compiled to use, from logits of all tokens, over ours.
 """
 
 from experiments.bench import evolution, gradient, language

@@ -1,10 +1,10 @@
-"""A GRPO step of a Llama written out by hand, twice: the program one writes first, and the fastest one we know for a CPU.
+"""A GRPO step of a Llama written out by hand, twice: the program one writes first, and one tuned to what a CPU is slow at.
 
 Both are plain JAX on the parameters of `rl.models.transformer` and nothing else of this project; `grpo_step` times ours against
 them. Every prompt has P tokens and every completion L, which they, unlike ours, are written for; T = P + L. One update is
 made per batch, so the ratio of the policy to the one the step started from is 1 in value, but not in its gradient.
 
-The tuned one differs in what engine.md's measurements say matters on a CPU: gradients from micro-batches of few sequences,
+The tuned one differs in what turned out to matter on a CPU: gradients from micro-batches of few sequences,
 whose activations stay in cache; attention in blocks of rows, which do not meet the keys after them; the head at completion
 tokens only; one prefill for all samples of a prompt; a cache with features before positions, read only as far as it is
 filled, with the sums over a head's few features unrolled; one uniform number per token rather than one per logit.
