@@ -1,13 +1,12 @@
 """Cipher: a word is to be answered by its letters moved on in the alphabet. A language bandit whose optimum is known exactly.
 
 One prompt, one answer, one reward. A prompt is a word of `low` to `high` letters, filled up with "." to `high` characters:
-of 8 letters "ah.." is to be answered by "ed", four places on and round the end. A policy has to find out what becomes of
-each letter, where to look it up, and when to stop; no word tells it, only rewards do.
+of 8 letters "ah.." is to be answered by "ed", four places on and round the end; what follows on that is not looked at. A
+policy has to find out what becomes of each letter and where to look it up; no word tells it, only rewards do.
 
-Optimum: `optimum(problems)`, 1 for every word that can be answered, by a single completion, and 0 for a word with a
-`forbidden` letter, which no completion answers. An untrained policy that draws tokens at random among the n letters, "."
-and the end is right with probability (n + 2)^-(k + 1) on a word of k letters (^-k where `high` ends the answer), so
-difficulty grows with length; words of one letter tell what becomes of it, which all longer ones need too.
+Optimum: `optimum(problems)`, 1 for every word that can be answered, and 0 for a word with a `forbidden` letter, which no
+completion answers. Difficulty grows with length: an untrained policy that draws at random among the n letters, "." and the
+end is right about a word of k letters with probability (n + 2)^-k. What short words teach, long ones need too.
 """
 
 import random
@@ -68,21 +67,20 @@ def encipher(word: str, alphabet: str) -> str:
 
 
 def verify(completion: str, answer: dict[str, Any]) -> Verdict:
-    """Compares a completion with the enciphered word, character by character.
+    """Compares a completion with the enciphered word, character by character, as far as the word goes.
 
     Args:
       completion: untrusted.
       answer: a problem's `answer`; its `text` is None where no completion is right.
 
     Returns:
-      A `Verdict` with parts `exact`, and `right`: characters that are right at their place, over the length of the longer
-      of the two texts, in [0, 1].
+      A `Verdict` with parts `exact`, and `right`: the share of characters that are right, in [0, 1].
     """
     text = answer["text"]
     if text is None:
         return Verdict(0.0, "ok", {"exact": 0.0, "right": 0.0})
     matches = sum(a == b for a, b in zip(completion, text, strict=False))
-    parts = {"exact": float(completion == text), "right": matches / max(len(completion), len(text))}
+    parts = {"exact": float(matches == len(text)), "right": matches / len(text)}
     return Verdict(1.0 if parts["exact"] else answer["partial"] * parts["right"], "ok", parts)
 
 

@@ -170,7 +170,7 @@ def len_of(task, split):
 def test_names_and_unknown_names():
     assert tasks.names() == ["arithmetic", "cipher", "countdown", "gsm8k", "stories"]
     with pytest.raises(
-        TaskError, match="unknown task 'countdwn'. Did you mean countdown. There are: arithmetic, count"
+        TaskError, match="unknown task 'countdwn'. Did you mean countdown. There are: arithmetic, cipher, c"
     ):
         tasks.make("countdwn")
     with pytest.raises(TaskError, match="unknown task '_draw'"):
