@@ -1,7 +1,10 @@
 """Settings every test needs before jax is imported; subprocesses inherit them."""
 
 import os
+import sys
 from pathlib import Path
+
+import pytest
 
 _DEVICES = "--xla_force_host_platform_device_count=8"
 _CACHE = Path(__file__).parents[1] / ".pytest_cache" / "jax"
@@ -11,3 +14,11 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_forgotten():
+    """Every compiled program keeps memory mapped; thousands of them in one process end in a crash of the compiler."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()

@@ -243,6 +243,7 @@ def test_compiled_once_whatever_the_lengths():
     assert len(traces) == 1 and len(used) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "rwkv7"])
 def test_remat_changes_no_number_and_keeps_less(name):
     model, params, _ = prepared(name, scan_layers=True)
