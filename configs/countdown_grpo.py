@@ -18,7 +18,9 @@ from rl.objectives.presets import PRESETS
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """The recipe; GRPO without KL by default."""
     special = {"dapo": _dapo, "vcpo": _vcpo, "remix": _remix, "dots_rr": _dots_rr, "eggroll": _eggroll}
-    return pick(variant, {name: special.get(name, lambda name=name: _base(name)) for name in ("grpo", *PRESETS, "eggroll")})
+    return pick(
+        variant, {name: special.get(name, lambda name=name: _base(name)) for name in ("grpo", *PRESETS, "eggroll")}
+    )
 
 
 def _base(method: str) -> ml_collections.ConfigDict:
