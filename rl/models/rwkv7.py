@@ -30,7 +30,7 @@ class RWKV7Config:
         chunk: tokens per chunk of the parallel form, at most 64; changes no number beyond rounding.
         scan_layers: parameters and state stacked over layers and one traced layer; else a Python loop. Stacked, layer 0 has
             value-mixing parameters that nothing depends on.
-        remat: gradients make each layer's activations again instead of keeping them.
+        remat: gradients make each layer's activations again instead of keeping them; on a CPU only with `scan_layers`.
         dtype: of parameters and activations; state, norms, decay and logits are at least f32.
     """
 

@@ -35,7 +35,8 @@ class TransformerConfig:
         dense_layers: layers that keep the plain MLP although experts > 0.
         scan_layers: parameters and cache stacked over layers and one traced layer; else a Python loop.
         remat: gradients make each layer's activations again instead of keeping them: a third more arithmetic, and memory of one
-            layer (and of one residual per layer) instead of all.
+            layer (and of one residual per layer) instead of all. On a CPU only with `scan_layers`: XLA merges the second
+            computation of an unrolled layer with the first.
         dtype: of parameters, activations and cache; norms, softmax and logits are at least f32.
     """
 
