@@ -110,6 +110,8 @@ def strategy(config: ml_collections.ConfigDict, rules: tuple[tuple[str, str], ..
       ConfigError: an unknown name, or settings that do not fit together.
     """
     c = config.es
+    rules = (("", "full"),) if config.method == "openes" else (*((pattern, "full") for pattern in c.full), *rules)
+    rules = (*((pattern, "frozen") for pattern in c.frozen), *rules)  # the first that fits decides
     try:
         return eggroll.strategy(
             optimizer(config),
@@ -117,9 +119,7 @@ def strategy(config: ml_collections.ConfigDict, rules: tuple[tuple[str, str], ..
             rank=c.rank,
             sigma=optax.exponential_decay(c.sigma, 1, c.sigma_decay),
             noise=c.noise,
-            rules=(("", "full"),)
-            if config.method == "openes"
-            else (*((pattern, "full") for pattern in c.full), *rules),
+            rules=rules,
             shaping=choose("es.shaping", c.shaping, SHAPINGS),
             chunk=c.chunk or None,
         )

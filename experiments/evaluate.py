@@ -28,9 +28,8 @@ import ml_collections
 import numpy as np
 
 from experiments import build
-from experiments.language import Setup, set_up, verdicts
+from experiments.language import Setup, set_up, task_of, verdicts
 from rl import config as config_lib
-from rl import tasks
 from rl.config import ConfigError
 from rl.data import prompts as data
 from rl.data.prompts import Prompts
@@ -38,7 +37,7 @@ from rl.rewards.judge import pass_at
 from rl.rewards.pool import Pool, PoolError
 from rl.rollout.generate import generate
 from rl.rollout.sampling import GREEDY, Sampling
-from rl.tasks.types import STATUSES, Task
+from rl.tasks.types import STATUSES, Task, TaskError
 from rl.types import FINISHES, Rollouts, Scored
 
 _KEYS = ("task", "model", "warm_start", "budget", "score", "selection", "replay", "engine", "reward")
@@ -83,6 +82,7 @@ def evaluate(
 
     Raises:
         ConfigError: settings out of range, or that do not fit together, the task or the model.
+        TaskError: an unknown task, option or value.
     """
     _check(samples, ks, temperature, problems, split)
     build.require(config, *_KEYS)
@@ -93,10 +93,7 @@ def evaluate(
     asked.model.path, asked.warm_start.steps = path, 0
     asked.task.problems, asked.eval_problems = (problems, 1) if split == "train" else (1, problems)
     build.check(asked)
-    try:
-        task = tasks.make(asked.task.name, **asked.task.options.to_dict())
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"config.task does not describe a task: {error}") from error
+    task = task_of(asked)
     with Pool(task.verify, workers=asked.reward.workers, deadline=asked.reward.deadline) as pool:
         setup, params = set_up(asked, task, pool)
         prompts = setup.train if split == "train" else setup.test
@@ -304,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(table(report))
         if arguments.out or arguments.run:
             _write(Path(arguments.out or Path(arguments.run, "evaluation.json")), report)
-    except (ConfigError, PoolError) as error:
+    except (ConfigError, TaskError, PoolError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -2,7 +2,8 @@
 
 import dataclasses
 import shutil
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -13,6 +14,7 @@ from rl import slots as slots_lib
 from rl import supervised, tasks
 from rl.config import ConfigError
 from rl.data import prompts as data
+from rl.data import replay, selection
 from rl.data.prompts import Prompts
 from rl.learners.types import Learner
 from rl.models.language import LanguageModel, Params
@@ -28,6 +30,7 @@ from rl.rollout.sampling import GREEDY, Sampling
 from rl.run import Run, RunError
 from rl.slots import Slot
 from rl.supervised import Examples
+from rl.tasks.types import TaskError
 from rl.types import Rollouts, Scored
 
 SCORES = {"solved": "held-out problems solved in %", "reward": "mean reward on held-out problems"}
@@ -71,6 +74,7 @@ def set_up(config: ml_collections.ConfigDict, task: tasks.Task, pool: Pool) -> t
                 "sample, or a temperature above 0"
             )
         slots = [slots_lib.bind(f"rl.data.{name}", config[name]) for name in ("selection", "replay")]
+        start_slots(config, *slots, len(train), lambda: np.zeros((len(train), 1)))  # their own errors, before the run
         settings = Settings(
             length=max(train.longest, test.longest) + config.budget, stop=ends,
             sampling=Sampling(**config.sampling.to_dict()), record_experts=method.record_experts, **config.engine.to_dict(),
@@ -86,6 +90,43 @@ def set_up(config: ml_collections.ConfigDict, task: tasks.Task, pool: Pool) -> t
         )
     key = jax.random.fold_in(jax.random.key(config.seed), 3)
     return Setup(config, model, tokenizer, method, *slots, settings, train, test, learnt, pool, key), params
+
+
+def start_slots(config: ml_collections.ConfigDict, chosen: Slot, kept: Slot, pool: int, embed) -> tuple[Any, Any]:
+    """First states of prompt selection and replay.
+
+    Args:
+        pool: how many training problems there are.
+        embed: see `rl.data.selection.Pool`.
+
+    Raises:
+        ValueError: a key of theirs out of range.
+    """
+    shape = replay.Shape(config.prompts, config.samples, config.budget, config.seed)
+    return chosen.init(selection.Pool(pool, config.seed, embed)), kept.init(shape)
+
+
+def task_of(config: ml_collections.ConfigDict) -> tasks.Task:
+    """The task of a config.
+
+    Raises:
+        TaskError: an unknown task, option or value.
+        ConfigError: options of the wrong type or number.
+    """
+    try:
+        return tasks.make(config.task.name, **config.task.options.to_dict())
+    except TaskError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"config.task.options do not fit task {config.task.name}: {error}") from error
+
+
+def export(folder: Path, setup: Setup, params: Params) -> None:
+    """Writes parameters as a checkpoint in Hugging Face's layout, all of it or nothing."""
+    unfinished = folder.with_name(f"{folder.name}.writing")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    save(unfinished, setup.model, params, setup.tokenizer)
+    unfinished.rename(folder)
 
 
 def language_model(config: ml_collections.ConfigDict, task: tasks.Task) -> tuple[LanguageModel, Params, Tokenizer]:
@@ -149,10 +190,7 @@ def warm_start(run: Run, setup: Setup, params: Params) -> Params:
             raise RunError(
                 "the warm start ended in parameters that are not finite: lower config.warm_start.learning_rate"
             )
-        unfinished = run.workdir / "warm_start.writing"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        save(unfinished, setup.model, params, setup.tokenizer)
-        unfinished.rename(folder)
+        export(folder, setup, params)
     try:
         return load(folder, dtype=setup.config.model.dtype, scan_layers=setup.config.model.scan_layers)[1]
     except ValueError as error:

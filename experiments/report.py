@@ -5,6 +5,8 @@ import re
 import statistics
 from pathlib import Path
 
+from rl.objectives.presets import PRESETS
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
 _FILES = {
@@ -17,6 +19,13 @@ _HEADERS = {
     "methods": ("method", "file", "config", "result: **median** (seeds 0, 1, 2)", "training time"),
     "bench": ("case", "setting", "measure", "value"),
 }
+
+
+def _file(row: dict) -> str:
+    """Where the method of a result lives; the PPO of control is a trainer of its own, every other preset is a setting."""
+    if "task" in row and row["method"] in PRESETS:
+        return "rl/objectives/presets.py"
+    return _FILES[row["method"]]
 
 
 def methods() -> list[str]:
@@ -33,7 +42,7 @@ def methods() -> list[str]:
         task = first.get("env", first.get("task"))
         before = f"{statistics.median(row['before'] for row in rows):.4g} -> " if "before" in first else ""
         lines.append(
-            f"| {first['name']} | `{_FILES[first['method']]}` | `{config}` | {task}: {first['measure']} {before}"
+            f"| {first['name']} | `{_file(first)}` | `{config}` | {task}: {first['measure']} {before}"
             f"**{statistics.median(scores):.4g}** ({each}) | {seconds:.0f} s |"
         )
     return lines

@@ -9,7 +9,6 @@ the end, where `result.json` compares the first with the last, `plot.png` is dra
 Hugging Face's layout, which `experiments.evaluate` and `transformers` load.
 """
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,17 +18,14 @@ import ml_collections
 import numpy as np
 
 from experiments import build, plot
-from experiments.language import SCORES, Setup, evaluate, set_up, verdicts, warm_start
-from rl import tasks
-from rl.config import ConfigError
+from experiments.language import SCORES, Setup, evaluate, export, set_up, start_slots, task_of, verdicts, warm_start
 from rl.data import prompts as data
-from rl.data import replay, selection
+from rl.data import selection
 from rl.data.embedding import embed
 from rl.data.replay import Groups
 from rl.learners.gradient import NonFinite
 from rl.learners.types import Answers
 from rl.models.language import Params
-from rl.models.load import save
 from rl.rewards.pool import Pool, PoolError
 from rl.rollout import engine
 from rl.rollout.generate import generate
@@ -42,12 +38,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, tensorboard: b
     """Runs or resumes a config in a folder; returns what `result.json` holds."""
     build.require(config, "task", "warm_start")
     build.check(config)
-    try:
-        task = tasks.make(config.task.name, **config.task.options.to_dict())
-    except TaskError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"config.task.options do not fit task {config.task.name}: {error}") from error
+    task = task_of(config)
     with Pool(task.verify, workers=config.reward.workers, deadline=config.reward.deadline) as pool:
         # All that can be wrong with a config comes before `run`, whose folder remembers it.
         setup, params = set_up(config, task, pool)
@@ -107,10 +98,9 @@ def loop(run: Run, setup: Setup, params: Params) -> dict[str, Any]:
 
 def start(setup: Setup, params: Params) -> State:
     """The state before the first step."""
-    config, train = setup.config, setup.train
-    pool = selection.Pool(len(train), config.seed, lambda: embed(setup.model, params, train.ids))
-    shape = replay.Shape(config.prompts, config.samples, config.budget, config.seed)
-    return State(setup.learner.init(params), setup.selection.init(pool), setup.replay.init(shape), np.int64(0))
+    embedded = lambda: embed(setup.model, params, setup.train.ids)
+    slots = start_slots(setup.config, setup.selection, setup.replay, len(setup.train), embedded)
+    return State(setup.learner.init(params), *slots, np.int64(0))
 
 
 def collect(setup: Setup, state: State, step: int) -> tuple[State, Step]:
@@ -242,11 +232,9 @@ def plan(setup: Setup, state: Any) -> str:
 
 def finish(run: Run, setup: Setup, params: Params, before: Scored, after: Scored) -> dict[str, Any]:
     """Writes the parameters (once) and the result: the paired difference on the same problems with its 95 % interval."""
-    folder, unfinished = run.workdir / "model", run.workdir / "model.writing"
+    folder = run.workdir / "model"
     if not folder.is_dir():
-        shutil.rmtree(unfinished, ignore_errors=True)
-        save(unfinished, setup.model, params, setup.tokenizer)
-        unfinished.rename(folder)
+        export(folder, setup, params)
     solved = [100.0 * (scored.value >= 1) for scored in (before, after)]
     gained = {"solved": solved, "reward": [before.value, after.value]}
     details = {f"unjudged_{when}": int((~s.ok).sum()) for when, s in (("before", before), ("after", after))}

@@ -10,14 +10,18 @@ compared are compiled, warmed up, and then timed in turn, round after round; a v
 * es_update, `update_over_forward`: the estimate from N scores (noise drawn again), against that forward.
 * openes, `openes_over_eggroll`: forward and estimate with full-rank noise, against low-rank noise. Full-rank members are
   independent, or antithetic pairs (half the noise).
-* control, `eggroll_over_evosax`: environment steps per second of whole generations, against evosax's OpenES on the same
-  environment, policy and population.
+* control, `eggroll_over_evosax`: environment steps per second of three generations in a row, against evosax's OpenES on the
+  same environment, policy and population.
 
 `language`:
 
 * score, `naive_over_blocked`: log-probabilities and entropies of given tokens, alone or with the gradient of their sum, from
   logits of every position at once, against the scorer, which makes them a block of positions at a time. With tokens per
   second and the bytes of temporary memory that each program is compiled to use.
+* decode: tokens per second of the rollout engine, `engine_over_plain` against a jitted loop without an engine at equal lengths,
+  `engine_over_static` against static batches on long-tailed lengths, `population_over_engine` with a member a slot.
+* roofline, `engine_over_roofline`: the engine at full slots against reading weights and caches once a step at this device's
+  bandwidth, measured in the same run, with a static batch beside it.
 
 `gradient`:
 

@@ -9,9 +9,8 @@ import eggroll
 from rl.learners.types import Answers, Learner, tree_bytes
 from rl.rewards.judge import fill_unjudged
 
-Fitness = Callable[
-    [np.ndarray, np.ndarray], np.ndarray
-]  # (value [..., G], ok [..., G]) -> [...], as `rl.rewards.judge`
+# (value [..., G], ok [..., G]) -> [...], as in `rl.rewards.judge`
+Fitness = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def learner(es: eggroll.Strategy, fitness: Fitness, key: jax.Array, *, common: bool = True) -> Learner:
@@ -34,9 +33,8 @@ def learner(es: eggroll.Strategy, fitness: Fitness, key: jax.Array, *, common: b
 
     def plan(state: eggroll.State) -> str:
         drawn = jax.eval_shape(es.draw, state)
-        own, noise = (
-            tree_bytes(x) / 2**20 for x in ((state.params, state.master, state.opt_state), (drawn.lefts, drawn.rights))
-        )
+        own = tree_bytes((state.params, state.master, state.opt_state)) / 2**20
+        noise = tree_bytes((drawn.lefts, drawn.rights)) / 2**20
         return f"state {own:.1f} MiB, noise {noise:.1f} MiB"
 
     return Learner(

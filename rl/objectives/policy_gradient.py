@@ -187,7 +187,9 @@ def loss(objective: Objective, logp: Array, entropy: Array, credit: Credit) -> L
     term = weight * term
 
     distance = _distance(objective, logp, credit, fixed)
-    total = term + objective.entropy * entropy - (objective.kl * distance if objective.kl else 0)
+    total = term - (objective.kl * distance if objective.kl else 0)
+    if objective.entropy:  # 0 times the gradient of an entropy that is not finite would be NaN
+        total = total + objective.entropy * entropy
     reduce = lambda x: aggregation.aggregate(objective.aggregation, x, mask, objective.longest, credit.counted)
     gap = jnp.abs(proximal - behaviour)
     means = _means(

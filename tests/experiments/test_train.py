@@ -304,6 +304,17 @@ def test_full_rank_noise_pass_at_k_and_randomness_of_each_member(start, tmp_path
     assert b"eval_reward" in events.read_bytes()
 
 
+def test_frozen_parameters_stay_as_they_are(start, tmp_path):
+    config = config_of(start, *FAST)
+    with config.unlocked():
+        config.es.frozen = ("embed", "norm")
+    train.train(config, tmp_path)
+    before, after = (jax.tree_util.tree_leaves_with_path(load(folder)[1]) for folder in (start, tmp_path / "model"))
+    for (path, old), (_, new) in zip(before, after, strict=True):
+        name = jax.tree_util.keystr(path)
+        assert np.array_equal(old, new) == ("embed" in name or "norm" in name), name
+
+
 def test_members_share_randomness_and_differ_by_their_weights_alone(start, tmp_path):
     alike = ["sampling.temperature=1.0", "es.sigma=1e-9", "optimizer.learning_rate=1e-30"]
     one = ["task.problems=1", "prompts=1", "samples=8", "steps=2", "warm_start.steps=0", "log_samples=1000"]

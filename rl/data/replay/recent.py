@@ -31,6 +31,11 @@ def init(config: ml_collections.ConfigDict, shape: Shape) -> dict[str, Any]:
     """
     if not 0 <= config.replayed < 1:
         raise ValueError(f"replayed must be at least 0 (no replay) and below 1; got {config.replayed}")
+    if config.replayed * shape.groups > shape.groups - 1:
+        raise ValueError(
+            f"replayed must leave a fresh group in a batch of B, be at most 1 - 1/B; got {config.replayed} and B = "
+            f"{shape.groups} groups"
+        )
     if config.window < 1 or config.until < 0:
         raise ValueError(f"window must be at least 1 and until at least 0; got {config.window} and {config.until}")
     return empty(shape, config.window * shape.groups)

@@ -248,6 +248,7 @@ def test_sampled_completions_per_step():
         ("fifo", {"capacity": 0}, Shape(4, 2, L, 0), "capacity of a replay buffer must be at least 1; got 0"),
         ("fifo", {}, Shape(4, 0, L, 0), "samples of a replay buffer must be at least 1; got 0"),
         ("recent", {"replayed": 1.0}, Shape(4, 2, L, 0), "at least 0 .no replay. and below 1; got 1.0"),
+        ("recent", {"replayed": 0.9}, Shape(4, 2, L, 0), "at most 1 - 1/B; got 0.9 and B = 4 groups"),
         ("recent", {"window": 0}, Shape(4, 2, L, 0), "window must be at least 1 and until at least 0; got 0 and 0"),
         ("recent", {"until": -1}, Shape(4, 2, L, 0), "got 2 and -1"),
     ],

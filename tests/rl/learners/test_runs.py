@@ -155,3 +155,10 @@ def test_adapters_and_recorded_experts_through_the_whole_loop(tmp_path):
     train.train(config, tmp_path)
     (row,) = rows(tmp_path / "metrics.jsonl")
     assert row["skipped"] == 0 and row["ratio"] == 1 and row["sampler_gap_max"] < 1e-4
+
+
+def test_a_slot_out_of_range_is_refused_before_the_run(start, tmp_path):
+    config = config_of(start, "replay.fresh=0.0", variant="mixed")
+    with pytest.raises(config_lib.ConfigError, match="fresh must be above 0"):
+        train.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -61,8 +61,11 @@ def test_missing_extra_misshaped_and_integer_tensors_in_one_error(directory):
 
 def test_known_leftovers_are_not_extra(directory):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    before = load(directory)[1]
     rewrite(directory, lambda tensors: tensors.update({name: np.zeros(4, np.float32)}))
-    load(directory)
+    after = load(directory)[1]
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
 
 
 def test_a_tied_head_stored_twice_must_be_the_embedding(tmp_path):

@@ -295,3 +295,13 @@ def test_bad_inputs():
 def test_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         Objective(**settings)
+
+
+def test_an_entropy_without_a_coefficient_is_watched_and_nothing_else():
+    at = lambda x: jnp.full((1, 2), x, jnp.float32)
+    credit = Credit(jnp.ones((1, 2), bool), at(1.0), at(-1.0))
+    one = lambda o: jax.grad(lambda e: loss(o, at(-1.0), e, credit).numerator)
+    out = loss(Objective(low=0.2, high=0.2), at(-1.0), at(jnp.nan), credit)
+    assert float(out.numerator) == -2.0 and np.isnan(float(out.metrics["entropy"][0]))
+    assert one(Objective(low=0.2, high=0.2))(at(0.5)).tolist() == [[0.0, 0.0]]
+    assert one(Objective(low=0.2, high=0.2, entropy=0.5))(at(0.5)).tolist() == [[-0.5, -0.5]]
