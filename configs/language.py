@@ -24,8 +24,8 @@ Evolution:
 Policy gradients:
 
 * `gradient`: `objective`, every setting of `rl.objectives.policy_gradient.Objective`; `advantage` and its options; most
-  `tokens` of a packed micro-batch; `remat`, activations made again instead of kept; `max_grad_norm` (0: no clipping); `lora`
-  (rank 0: all parameters learn); all else as `rl.learners.settings.Settings`.
+  `tokens` of a packed micro-batch; `remat`, activations made again instead of kept (on a CPU only with
+  `scan_layers`); `max_grad_norm` (0: no clipping); `lora` (rank 0: all parameters learn); all else as `rl.learners.settings.Settings`.
 """
 
 import dataclasses

@@ -170,6 +170,11 @@ def _gradient(config: ml_collections.ConfigDict, model: LanguageModel, train: Pr
     objective = Objective(**c.pop("objective"), weight=weight and Weight(**weight))
     options, adapters = tuple(c.pop("advantage_options").items()), c.pop("lora")
     if c.pop("remat"):
+        if jax.default_backend() == "cpu" and not model.config.scan_layers:
+            raise ConfigError(
+                "on a CPU the compiler undoes remat unless layers are scanned; got config.gradient.remat = True and "
+                "config.model.scan_layers = False: set both or neither"
+            )
         model = make(dataclasses.replace(model.config, remat=True))
     settings = gradient.Settings(
         objective, advantage_options=options, temperature=config.sampling.temperature,

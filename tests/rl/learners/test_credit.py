@@ -186,6 +186,7 @@ MISTAKES = {
     "samples=1": "compares the samples of a prompt, so it needs at least 2; got 1",
     "sampling.temperature=0.0": "got temperature 0.0: raise it above 0",
     "sampling.top_k=3": "got sampling with top_k, top_p or min_p",
+    "gradient.remat=True": "config.model.scan_layers = False: set both or neither",
     "gradient.objective.aggregation=constant": "longest belongs to the aggregation 'constant'",
 }
 
@@ -205,7 +206,8 @@ def test_a_mistake_is_refused_before_the_run(overrides):
 def test_every_method_is_built_and_replay_excludes_r3():
     for name in PRESETS:
         assert built(variant=name).members == 0
-    assert built("gradient.remat=True", "gradient.lora.rank=2").record_experts is False
+    scanned = dataclasses.replace(toy.CONFIG, scan_layers=True)
+    assert built("gradient.remat=True", "gradient.lora.rank=2", config=scanned).record_experts is False
     assert built("gradient.routing=r3", config=toy.MOE).record_experts
     assert built("gradient.routing=r2", variant="dots_rr", config=toy.MOE).record_experts is False
     with pytest.raises(
