@@ -25,7 +25,8 @@ Policy gradients:
 
 * `gradient`: `objective`, every setting of `rl.objectives.policy_gradient.Objective`; `advantage` and its options; most
   `tokens` of a packed micro-batch; `remat`, activations made again instead of kept (on a CPU only with
-  `scan_layers`); `max_grad_norm` (0: no clipping); `lora` (rank 0: all parameters learn); all else as `rl.learners.settings.Settings`.
+  `scan_layers`); `max_grad_norm` (0: no clipping); `lora` (rank 0: all parameters learn); all else as
+  `rl.learners.settings.Settings`.
 """
 
 import dataclasses
