@@ -91,6 +91,7 @@ def test_antithetic_members_average_to_the_mean_and_generations_differ():
     assert np.abs(weight(later, 0) - weight(drawn, 0)).max() > 0.05
 
 
+@pytest.mark.optimised
 def test_base_weights_have_no_axis_over_rows():
     es, state = prepared()
     drawn = es.draw(state)

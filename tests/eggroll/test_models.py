@@ -253,6 +253,7 @@ def compiled(name, members, rank=1):
     return jax.jit(lambda s, b: es.evaluate(s, loss, b)).lower(state, rows(WIDE, 1)).compile()
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("name", MODELS)
 def test_the_compiled_program_holds_no_weight_per_member(name):
     """Its arrays are far smaller than members x the smallest matrix, and its memory grows by activations alone."""
@@ -267,6 +268,7 @@ def test_the_compiled_program_holds_no_weight_per_member(name):
     assert 0 < extra < (many - few) * 4 * WIDE.model * WIDE.hidden  # less than one of the 24 matrices of each member
 
 
+@pytest.mark.optimised
 def test_materialised_weights_would_be_seen():
     """The same check on the same model, run on materialised members, fails: 128 weights of every kind are there."""
     score, params, rules = prepared("plain", WIDE)

@@ -183,6 +183,7 @@ def programs():
     return {name: {"forward": fn(f), "gradient": jax.grad(fn(f), (0, 1))} for name, f in form.items()}
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("form", ["array", "function"])
 @pytest.mark.parametrize("kind", ["forward", "gradient"])
 def test_nothing_larger_than_a_block_of_logits_exists(form, kind):

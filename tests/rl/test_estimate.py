@@ -212,6 +212,7 @@ def test_forced_experts_are_used():
     assert np.abs(logp - free).max() > 0.01
 
 
+@pytest.mark.optimised
 def test_no_logits_of_a_whole_row_exist_and_a_micro_batch_is_all_the_memory():
     model = make(preset("tiny-transformer", vocab=1009, layers=1))
     params = jax.eval_shape(model.init, jax.random.key(0))
@@ -242,7 +243,7 @@ def test_compiled_once_whatever_the_lengths():
     assert len(traces) == 1 and len(used) > 1
 
 
-@pytest.mark.slow
+@pytest.mark.optimised
 @pytest.mark.parametrize("name", ["qwen3", "rwkv7"])
 def test_remat_changes_no_number_and_keeps_less(name):
     model = make(dataclasses.replace(prepared(name, scan_layers=True)[0].config, layers=8))
@@ -251,7 +252,7 @@ def test_remat_changes_no_number_and_keeps_less(name):
     sparing, plain = (estimator(m, CLIP).lower(params, batch).compile() for m in (sparing, model))
     trees_close(sparing(params, batch)[0].gradient, plain(params, batch)[0].gradient, 1e-6)
     size = lambda program: program.memory_analysis().temp_size_in_bytes
-    assert size(sparing) < 0.8 * size(plain), (size(sparing), size(plain))
+    assert size(sparing) < 0.5 * size(plain)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "rwkv7"])

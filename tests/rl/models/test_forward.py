@@ -252,6 +252,7 @@ def test_a_decode_step_makes_nothing_quadratic_in_the_cache(scan_layers):
     assert not [shape for shape in seen if shape.count(room) > 1]
 
 
+@pytest.mark.optimised
 @LAYOUTS
 def test_the_cache_is_updated_in_place(scan_layers):
     """A donated cache is the step's output, and a compiled decode step copies at most half of it, scanned none."""

@@ -161,6 +161,7 @@ def loops(text):
     return "\n".join(found.values())
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("kind", ["llama", "qwen3-scan", "rwkv7"])
 def test_the_cache_is_updated_in_place(kind):
     model, params = prepared(kind)
@@ -180,6 +181,7 @@ def test_the_cache_is_updated_in_place(kind):
     assert all(x.is_deleted() for x in jax.tree.leaves(live.cache))
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("kind", ["llama", "qwen3-scan"])
 def test_no_step_copies_the_cache(kind):
     model, _ = prepared(kind)
@@ -191,6 +193,7 @@ def test_no_step_copies_the_cache(kind):
     assert not copies
 
 
+@pytest.mark.optimised
 def test_no_member_has_a_weight_of_its_own():
     model, params = prepared("llama")
     settings = dataclasses.replace(SETTINGS, slots=96, length=4, bucket=4)
