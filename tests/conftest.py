@@ -23,7 +23,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 def _optimised_tests_compile_as_users_do(request):
     if request.node.get_closest_marker("optimised"):
         config = sys.modules["jax"].config
-        before = config.jax_disable_most_optimizations
+        before = config.values["jax_disable_most_optimizations"]
         config.update("jax_disable_most_optimizations", False)
         yield
         config.update("jax_disable_most_optimizations", before)

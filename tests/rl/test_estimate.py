@@ -243,7 +243,6 @@ def test_compiled_once_whatever_the_lengths():
     assert len(traces) == 1 and len(used) > 1
 
 
-@pytest.mark.optimised
 @pytest.mark.parametrize("name", ["qwen3", "rwkv7"])
 def test_remat_changes_no_number_and_keeps_less(name):
     model = make(dataclasses.replace(prepared(name, scan_layers=True)[0].config, layers=8))
