@@ -12,9 +12,9 @@ of evolution on 2 CPU cores, compilation included; the warm start takes another 
 
 | seed | warm start | evolved | gain         | seconds |
 |------|------------|---------|--------------|---------|
-| 0    | 21.48      | 64.06   | 42.6 +- 3.4  | 65      |
-| 1    | 21.09      | 58.50   | 37.4 +- 3.6  | 58      |
-| 2    | 22.07      | 58.40   | 36.3 +- 3.5  | 51      |
+| 0    | 22.27      | 62.01   | 39.7 +- 3.5  | 59      |
+| 1    | 20.51      | 59.18   | 38.7 +- 3.6  | 62      |
+| 2    | 21.19      | 59.08   | 37.9 +- 3.5  | 60      |
 
 What is learned is when to answer at once; the arithmetic itself is as good as the warm start made it.
 """

@@ -7,13 +7,13 @@ quarter each for a finished last sentence and for 10 to 40 words. Needs `stories
 layout, in the folder that EGGROLL_DATA names (default ../shared/data), or --config.model.path=DIRECTORY.
 
 Mean reward of greedy answers to 512 held-out openings (their noun pairs never occur in training; the same for every seed), and
-seconds of evolution on 2 CPU cores that had other work to do:
+seconds of evolution on 2 CPU cores:
 
 | seed | pretrained | evolved | gain            | seconds |
 |------|------------|---------|-----------------|---------|
-| 0    | 0.35       | 0.57    | 0.222 +- 0.018 | 155     |
-| 1    | 0.35       | 0.56    | 0.210 +- 0.018 | 232     |
-| 2    | 0.35       | 0.62    | 0.265 +- 0.019 | 205     |
+| 0    | 0.35       | 0.57    | 0.222 +- 0.018 | 108     |
+| 1    | 0.35       | 0.56    | 0.210 +- 0.018 | 114     |
+| 2    | 0.35       | 0.62    | 0.263 +- 0.019 | 113     |
 
 What rises is above all how often the nouns are taken up; few stories end within 64 tokens.
 """
