@@ -7,7 +7,6 @@ written to `result.json`, and `plot.png` is drawn.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,8 +90,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, tensorboard: b
     env = envs.make(config.env, config.max_steps or None)
     learner = make_learner(config, env)
 
-    @functools.partial(jax.jit, static_argnums=2)
-    def evaluate(params: Any, normalizer: Normalizer | None, stream: int, step: jax.Array) -> rollout.Episode:
+    @jax.jit
+    def evaluate(params: Any, normalizer: Normalizer | None, stream: jax.Array, step: jax.Array) -> rollout.Episode:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), stream), step)
         return rollout.evaluate(env, learner.policy, params, jax.random.split(key, config.eval_episodes), normalizer)
 
@@ -111,10 +110,10 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, tensorboard: b
             work = int(metrics.pop("env_steps"))
             step = run.step + 1
             if step % config.eval_every == 0 or step == run.total_steps:
-                played = evaluate(learner.actor(state), state.normalizer, 1, jnp.int32(step))
+                played = evaluate(learner.actor(state), state.normalizer, jnp.int32(1), jnp.int32(step))
                 metrics["eval_return"] = jnp.mean(played.total)
             run.record(state, metrics, work=work)
-        final = evaluate(learner.actor(state), state.normalizer, 2, jnp.int32(0)).total
+        final = evaluate(learner.actor(state), state.normalizer, jnp.int32(2), jnp.int32(0)).total
         return run.finish(
             "mean return",
             float(final.mean()),

@@ -36,7 +36,7 @@ def make(name: str, max_steps: int | None = None) -> Env:
         state = like(inner.step(state, clip_action(taken, action)), template)
         return state, jnp.asarray(state.obs, jnp.float32), jnp.asarray(state.reward, jnp.float32), state.done > 0.5
 
-    return Env(name, inner.observation_size, action, max_steps or _MAX_STEPS, reset, step)
+    return Env(name, template.obs.shape[-1], action, max_steps or _MAX_STEPS, reset, step)
 
 
 def names() -> list[str]:

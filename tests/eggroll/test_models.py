@@ -195,7 +195,7 @@ def prepared(name, widths):
     return score, params, eggroll.infer_rules(functools.partial(score_alone, score), params, rows(widths)[0])
 
 
-@pytest.mark.parametrize(("design", "rank"), [("crossed", 1), ("crossed", 2), ("antithetic", 2), ("independent", 1)])
+@pytest.mark.parametrize(("design", "rank"), [("crossed", 2), ("antithetic", 2), ("independent", 1)])
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.usefixtures("double_precision")
 def test_outputs_are_those_of_materialised_weights(name, design, rank):
@@ -224,7 +224,7 @@ def test_the_three_models_are_one_model_and_share_their_noise():
         es = strategy(POPULATIONS["crossed"], rules)
         state = es.init(params, jax.random.key(3))
         assert not [use for use in es.uses(state, functools.partial(score_alone, score), batch[0]) if use[2]]
-        outs.append(es.evaluate(state, score, batch, has_aux=True)[1])
+        outs.append(jax.jit(lambda s, es=es, score=score: es.evaluate(s, score, batch, has_aux=True)[1])(state))
     np.testing.assert_allclose(outs[1], outs[0], rtol=1e-6, atol=1e-6)  # Flax divides by an f32 root
     np.testing.assert_allclose(outs[2], outs[0], rtol=1e-6, atol=1e-6)  # Flax divides by an f32 root
 
@@ -291,7 +291,8 @@ def test_leaves_that_are_no_parameters_are_refused_and_frozen_ones_stay():
     score, params, rules = prepared("nnx", SMALL)
     es = strategy(eggroll.crossed(12), (("attention/(query|key)/kernel", "frozen"), *rules))
     state = es.init(params, jax.random.key(0))
-    moved, _ = es.update(state, es.evaluate(state, functools.partial(score_alone, score), rows(SMALL)))
+    loss = functools.partial(score_alone, score)
+    moved, _ = jax.jit(lambda s: es.update(s, es.evaluate(s, loss, rows(SMALL))))(state)
     changed = {
         jax.tree_util.keystr(path, simple=True, separator="/"): not np.array_equal(a, b)
         for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(moved.params), strict=True)

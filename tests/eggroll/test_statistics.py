@@ -19,6 +19,8 @@ import pytest
 
 import eggroll
 
+pytestmark = pytest.mark.optimised  # computes long
+
 KURTOSIS = {"gaussian": 3 - (2 + 1 / 120) / (4 + 1 / 12) ** 2, "rademacher": 1.0}
 FULL = (("", "full"),)
 
