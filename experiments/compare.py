@@ -4,7 +4,8 @@
     python -m experiments.compare --workdir=runs/recipes --out=experiments/results/recipes \\
         configs/control_{acrobot,mountaincar_continuous,minatar}.py configs/digits.py{,:backprop}
 
-Runs every CONFIG[:variant] with seeds 0, 1, ... one command after the other, each as its own script would; runs that are
+Runs every CONFIG[:variant] with seeds 0, 1, ... each as its own script would, one after the other unless `--jobs` says how
+many side by side (each then has its share of the CPU cores to itself: small models make poor use of many); runs that are
 complete are not repeated, unless the config has changed since: that is an error. Then writes OUT.json (what each run
 scored, in how much work and time, and its curve) and OUT.png: one row of panels per config file, against work and against
 seconds. Without arguments: EGGROLL, OpenES and PPO on CartPole and Pendulum, about 8 minutes on 2 CPU cores.
@@ -17,9 +18,12 @@ seconds. Without arguments: EGGROLL, OpenES and PPO on CartPole and Pendulum, ab
 import argparse
 import itertools
 import json
+import os
+import queue
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +37,7 @@ DEFAULT = tuple(
 )
 _METRICS = ("eval_return", "test_accuracy", "eval_reward")  # of the mean parameters; a run has one of them
 _UNITS = ("env_steps", "examples", "tokens")
+_CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 _NAMES = {"eggroll": "EGGROLL", "openes": "OpenES", "ppo": "PPO", "backprop": "backprop"}
 
 
@@ -61,6 +66,24 @@ def run(workdir: Path, config: str, seed: int) -> plot.RunData:
     stored = json.loads((folder / "config.json").read_text())
     config_lib.check_same(stored, config_lib.resolved(config_lib.load(config, [f"seed={seed}"])), str(folder))
     return totalled(plot.read_run(folder))
+
+
+def run_all(workdir: Path, configs: Sequence[str], seeds: int, jobs: int = 1) -> list[Finished]:
+    """Runs every config with every seed, so many jobs at a time; see `run`. The first that fails keeps others from starting."""
+    shares: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
+    for job in range(jobs):
+        shares.put(_CORES[job::jobs])
+
+    def pin() -> None:  # this thread, and what it starts
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, shares.get())
+
+    with ThreadPoolExecutor(jobs, initializer=pin) as pool:
+        each = [[pool.submit(run, workdir, config, seed) for seed in range(seeds)] for config in configs]
+        try:
+            return [Finished(c, [one.result() for one in runs]) for c, runs in zip(configs, each, strict=True)]
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def totalled(data: plot.RunData) -> plot.RunData:
@@ -149,15 +172,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workdir", required=True, type=Path, help="folder of the runs")
     parser.add_argument("--out", default=Path("experiments/results/compare"), type=Path, help="without suffix")
     parser.add_argument("--seeds", default=3, type=int, help="how many")
+    parser.add_argument("--jobs", default=1, type=int, help="how many runs side by side")
     parser.add_argument("--rows", default="", metavar="KEY", help="of the config: a row of panels per value")
     parser.add_argument("--panels", default=(), nargs="+", metavar="X:Y", type=_axes, help="columns of the metrics")
     parser.add_argument("--reach", default=None, type=float, metavar="SCORE", help="report where each run reached it")
     options = parser.parse_args(argv)
     if options.seeds < 1:
         parser.error(f"--seeds must be at least 1, not {options.seeds}")
-    configs = dict.fromkeys(options.configs)
+    if not 1 <= options.jobs <= len(_CORES):
+        parser.error(f"--jobs must be from 1 to the number of CPU cores, {len(_CORES)}; got {options.jobs}")
+    configs = list(dict.fromkeys(options.configs))
     try:
-        finished = [Finished(c, [run(options.workdir, c, seed) for seed in range(options.seeds)]) for c in configs]
+        finished = run_all(options.workdir, configs, options.seeds, options.jobs)
         grid = [panels(group, options.panels, options.rows) for group in grouped(finished, options.rows)]
     except (config_lib.ConfigError, plot.PlotError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)

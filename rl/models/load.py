@@ -324,7 +324,12 @@ def _json_text(content: dict[str, Any]) -> str:
 def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
     match tokenizer:
         case Characters():
-            return {"characters.json": _json_text({"alphabet": tokenizer.alphabet})}
+            settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.end}
+            return {
+                "characters.json": _json_text({"alphabet": tokenizer.alphabet}),
+                "tokenizer.json": tokenizer.json,
+                "tokenizer_config.json": _json_text(settings | {"clean_up_tokenization_spaces": False}),
+            }
         case HFTokenizer():
             ids = {"eos_token": tokenizer.eos, "bos_token": tokenizer.bos}
             special = {name: tokenizer.token(index) for name, index in ids.items() if index is not None}

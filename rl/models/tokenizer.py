@@ -104,6 +104,7 @@ class Characters:
     eos = 0
     bos = None
     ends = (0,)
+    end = "<end>"  # the name of id 0 in `json`
 
     def __init__(self, alphabet: str):
         if len(set(alphabet)) != len(alphabet):
@@ -112,6 +113,28 @@ class Characters:
         self.alphabet = alphabet
         self.size = len(alphabet) + 1
         self._ids = {character: i + 1 for i, character in enumerate(alphabet)}
+
+    @property
+    def json(self) -> str:
+        """The same tokenizer as a tokenizer.json: every character a word, and an error at one that is not in the alphabet."""
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        content = {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [{"id": self.eos, "content": self.end, **flags, "special": True}],
+            "normalizer": None,
+            "pre_tokenizer": {
+                "type": "Split",
+                "pattern": {"Regex": r"[\s\S]"},
+                "behavior": "Isolated",
+                "invert": False,
+            },
+            "post_processor": None,
+            "decoder": {"type": "Fuse"},
+            "model": {"type": "WordLevel", "vocab": {self.end: self.eos} | self._ids, "unk_token": ""},
+        }
+        return json.dumps(content, indent=2) + "\n"
 
     def encode(self, text: str) -> list[int]:
         """Ids of the characters."""

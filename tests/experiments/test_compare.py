@@ -1,6 +1,10 @@
 """Comparisons: every recipe and seed runs once, and what they scored is written down and drawn."""
 
 import json
+import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -130,6 +134,42 @@ def test_jobs_that_fail_and_numbers_of_seeds_that_make_no_sense(tmp_path, capfd,
     assert not (tmp_path / "out.json").exists() and "Traceback" not in errors
     with pytest.raises(SystemExit):
         compare.main([*arguments, "--seeds=0"])
+    for jobs in (0, 1 + len(compare._CORES)):
+        with pytest.raises(SystemExit):
+            compare.main([*arguments, f"--jobs={jobs}"])
+        assert f"from 1 to the number of CPU cores, {len(compare._CORES)}; got {jobs}" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system does not tell cores apart")
+def test_jobs_side_by_side_have_cores_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "_CORES", sorted(os.sched_getaffinity(0))[:2])
+    together = threading.Barrier(len(compare._CORES), timeout=20)
+    command = [sys.executable, "-c", "import os; print(*os.sched_getaffinity(0))"]
+
+    def run(workdir, config, seed):
+        together.wait()
+        return seed, set(map(int, subprocess.run(command, capture_output=True, check=True).stdout.split()))
+
+    monkeypatch.setattr(compare, "run", run)
+    before = os.sched_getaffinity(0)
+    first, second = compare.run_all(tmp_path, ["a", "b"], len(compare._CORES), jobs=len(compare._CORES))
+    for finished in (first, second):
+        assert [seed for seed, _ in finished.runs] == list(range(len(compare._CORES)))
+        assert sorted(core for _, cores in finished.runs for core in cores) == compare._CORES
+    assert os.sched_getaffinity(0) == before
+
+
+def test_after_a_job_that_fails_none_is_started(tmp_path, monkeypatch):
+    started = []
+
+    def run(workdir, config, seed):
+        started.append((config, seed))
+        raise subprocess.CalledProcessError(2, config)
+
+    monkeypatch.setattr(compare, "run", run)
+    with pytest.raises(subprocess.CalledProcessError):
+        compare.run_all(tmp_path, [str(n) for n in range(100)], 3)
+    assert len(started) < 100
 
 
 def test_the_readme_row_of_a_recipe_has_median_every_seed_and_time(started, tmp_path, monkeypatch):

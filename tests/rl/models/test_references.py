@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rl.models.load import load, save
+from rl.models.tokenizer import Characters
 from tests.rl.models import checkpoints
 from tests.rl.models.tiny import forward
 
@@ -69,6 +70,19 @@ def test_transformers_own_checkpoint_loads(tmp_path):
     model, params, _ = load(tmp_path)
     expected = checkpoints.transformers_logits(tmp_path)
     np.testing.assert_allclose(logits(model, params, checkpoints.IDS), expected, atol=1e-4, rtol=0)
+
+
+def test_transformers_reads_the_alphabet_of_a_model_of_characters(tmp_path):
+    transformers = pytest.importorskip("transformers", reason=needs_reference)
+    ours = Characters("0123456789+-=. \nabü")
+    save(tmp_path, *load(checkpoints.write(tmp_path / "original", "llama"))[:2], ours)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("12+3=15", " a  b.\n\nü", ""):
+        assert theirs.encode(text) == ours.encode(text)
+        assert theirs.decode([*ours.encode(text), ours.eos], skip_special_tokens=True) == text
+    assert (theirs.eos_token_id, len(theirs)) == (ours.eos, ours.size)
+    with pytest.raises(Exception, match="UNK"):  # the library raises Exception itself
+        theirs.encode("12x")
 
 
 def test_saved_and_loaded_is_bit_equal(tmp_path):

@@ -272,6 +272,15 @@ def test_processes_that_a_verifier_started_end_too(fault, tmp_path):
     assert wait_until(lambda: gone(child))
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt, though a shell that started the tests in the background had it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_leaves_no_stale_answers_and_no_processes():
     def interrupt():
         time.sleep(0.5)
@@ -288,6 +297,7 @@ def test_an_interrupt_leaves_no_stale_answers_and_no_processes():
             raise
 
 
+@pytest.mark.usefixtures("interruptible")  # what is ignored here is ignored in the processes started
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_workers_die_with_the_process_that_owns_the_pool(end):
     code = (
@@ -306,5 +316,8 @@ def test_workers_die_with_the_process_that_owns_the_pool(end):
         workers = workers_of(owner.pid)
         assert len(workers) == 4
         owner.send_signal(end)
-        owner.wait(10)
+        try:
+            owner.wait(10)
+        finally:
+            owner.kill()
         assert wait_until(lambda: all(gone(worker.pid) for worker in workers))

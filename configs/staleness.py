@@ -1,0 +1,26 @@
+"""Answers of the policy of k updates ago: how far behind may the sampler be? On the toy bandit of `configs/bandit.py`.
+
+    python -m experiments.train --config=configs/staleness.py:vcpo_16 --workdir=runs/vcpo_16
+
+Variants METHOD_K: a method, and k. An asynchronous system trains on such answers; here the loop keeps the last k policies.
+"""
+
+import ml_collections
+
+from configs import bandit
+from configs.base import pick
+
+METHODS = ("grpo", "decoupled_ppo", "minirl", "vcpo", "remix")
+LAGS = (0, 1, 4, 16, 64)
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    """The recipe; GRPO on fresh answers by default."""
+    variants = {f"{method}_{lag}": lambda m=method, k=lag: _stale(m, k) for method in METHODS for lag in LAGS}
+    return pick(variant, variants)
+
+
+def _stale(method: str, lag: int) -> ml_collections.ConfigDict:
+    config = bandit.words(method, steps=200)
+    config.gradient.staleness = lag
+    return config
