@@ -13,6 +13,7 @@ seconds. Without arguments: EGGROLL, OpenES and PPO on CartPole and Pendulum, ab
     --rows=gradient.staleness           a row of panels per value of this key of the config
     --panels step:eval_reward step:ess  X:Y of the panels in a row; Y is in OUT.json, too
     --reach=0.9                         OUT.json has the step, work, completions and seconds at which each run came so far
+    --budget seconds:120 tokens:1e6     OUT.json has what each run scored last before it had spent more than that
 """
 
 import argparse
@@ -35,7 +36,7 @@ DEFAULT = tuple(
     for env in ("cartpole", "pendulum")
     for variant in ("", ":eggroll_independent", ":eggroll_rank4", ":openes", ":ppo")
 )
-_METRICS = ("eval_return", "test_accuracy", "eval_reward")  # of the mean parameters; a run has one of them
+_METRICS = ("eval_return", "test_accuracy")  # of the mean parameters; a run has one of them
 _UNITS = ("env_steps", "examples", "tokens")
 _CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 _NAMES = {"eggroll": "EGGROLL", "openes": "OpenES", "ppo": "PPO", "backprop": "backprop"}
@@ -108,8 +109,9 @@ def name(settings: dict[str, Any]) -> str:
 
 
 def measured(data: plot.RunData) -> tuple[str, str]:
-    """(metric of the mean parameters, unit of work) of a run."""
-    metric, unit = (next(n for n in names if n in data.columns) for names in (_METRICS, _UNITS))
+    """(metric of the mean parameters, unit of work) of a run; of a language model the metric that its config has as `score`."""
+    known = [f"eval_{data.config['score']}"] if "score" in data.config else _METRICS
+    metric, unit = (next(n for n in names if n in data.columns) for names in (known, _UNITS))
     return metric, unit
 
 
@@ -121,7 +123,27 @@ def reached(data: plot.RunData, least: float) -> dict[str, float] | None:
     return None if step is None else {"step": step} | {column: data.columns[column][step] for column in known}
 
 
-def rows(finished: Finished, shown: Sequence[str] = (), reach: float | None = None) -> list[dict[str, Any]]:
+def within(data: plot.RunData, column: str, most: float) -> float | None:
+    """What the mean parameters scored at their last evaluation before the run had spent more; None if there was none.
+
+    Raises:
+      rl.config.ConfigError: the run ended before it had spent so much, or has no such column.
+    """
+    metric, _ = measured(data)
+    spent = data.columns.get(column, {})
+    if not spent or max(spent.values()) < most:
+        total = f"{max(spent.values()):g} of it" if spent else "no such column"
+        raise config_lib.ConfigError(f"--budget={column}:{most:g} must be spent by every run; {data.path} has {total}")
+    scores = [score for step, score in sorted(data.columns[metric].items()) if spent[step] <= most]
+    return scores[-1] if scores else None
+
+
+def rows(
+    finished: Finished,
+    shown: Sequence[str] = (),
+    reach: float | None = None,
+    budgets: Sequence[tuple[str, str]] = (),
+) -> list[dict[str, Any]]:
     """Score, work, time and curve of each run, with these columns beside the usual ones."""
     out = []
     for data in finished.runs:
@@ -131,6 +153,8 @@ def rows(finished: Finished, shown: Sequence[str] = (), reach: float | None = No
         curve = {column: [data.columns[column].get(step) for step in steps] for column in columns}
         result = json.loads((data.path / "result.json").read_text())
         far = {} if reach is None else {"reach": reach, "reached": reached(data, reach)}
+        if budgets:
+            far["within"] = {f"{x}:{most}": within(data, x, float(most)) for x, most in budgets}
         out.append({"config": finished.config, "name": name(data.config), **result, **far, "curve": curve})
     return out
 
@@ -176,6 +200,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", default="", metavar="KEY", help="of the config: a row of panels per value")
     parser.add_argument("--panels", default=(), nargs="+", metavar="X:Y", type=_axes, help="columns of the metrics")
     parser.add_argument("--reach", default=None, type=float, metavar="SCORE", help="report where each run reached it")
+    parser.add_argument(
+        "--budget", default=(), nargs="+", metavar="X:MOST", type=_budget, help="report the score there"
+    )
     options = parser.parse_args(argv)
     if options.seeds < 1:
         parser.error(f"--seeds must be at least 1, not {options.seeds}")
@@ -185,12 +212,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         finished = run_all(options.workdir, configs, options.seeds, options.jobs)
         grid = [panels(group, options.panels, options.rows) for group in grouped(finished, options.rows)]
+        shown = dict.fromkeys(column for axes in options.panels for column in axes)
+        results = [row for f in finished for row in rows(f, shown, options.reach, options.budget)]
     except (config_lib.ConfigError, plot.PlotError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    shown = dict.fromkeys(column for axes in options.panels for column in axes)
-    lines = ",\n".join(json.dumps(row) for f in finished for row in rows(f, shown, options.reach))
+    lines = ",\n".join(map(json.dumps, results))
     options.out.with_suffix(".json").write_text(f"[\n{lines}\n]\n")
     plot.draw_grid(grid, options.out.with_suffix(".png"), (6 * len(grid[0]), 4 * len(grid)))
     return 0
@@ -201,6 +229,16 @@ def _axes(text: str) -> tuple[str, str]:
     if not (x and separator and y):
         raise argparse.ArgumentTypeError(f"a panel is X:Y, two columns of the metrics, not {text!r}")
     return x, y
+
+
+def _budget(text: str) -> tuple[str, str]:
+    column, _, most = text.partition(":")
+    try:
+        if column and float(most) > 0:
+            return column, most
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"a budget is X:MOST, a column of the metrics and a number above 0, not {text!r}")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,8 @@ MIXED = (("a/w", "oi"), ("b$", "frozen"))
 
 @pytest.mark.parametrize(
     ("design", "rank", "rules"),
-    [(d, r, ()) for d in POPULATIONS for r in (1, 2)] + [(d, 1, FULL) for d in POPULATIONS] + [("crossed", 2, MIXED)],
+    [(design, 1 + i % 2, ()) for i, design in enumerate(POPULATIONS)]
+    + [("crossed", 1, FULL), ("signed blocks", 1, FULL), ("crossed", 2, MIXED)],
 )
 def test_scores_and_estimate_are_those_of_materialised_members(design, rank, rules):
     """Forward and update for every design, in f64: each member's scores, and -(1/(N sigma)) sum_n f_n E_n written out."""

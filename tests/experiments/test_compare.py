@@ -64,7 +64,7 @@ def test_runs_once_and_writes_scores_curves_and_figure(started, tmp_path):
 
 def test_rows_by_a_key_panels_by_columns_and_where_a_score_was_reached(tmp_path, monkeypatch):
     """Six finished runs written by hand: 3 steps, evaluated at 1 and 3, completions per step 8, 4, 4."""
-    settings = {"task.name": "cipher", "model.preset": "micro-transformer", "model.path": ""}
+    settings = {"task.name": "cipher", "model.preset": "micro-transformer", "model.path": "", "score": "reward"}
 
     def run(workdir, config, seed):
         method, k = config.split(":")[1].split("_")
@@ -86,7 +86,8 @@ def test_rows_by_a_key_panels_by_columns_and_where_a_score_was_reached(tmp_path,
     monkeypatch.setattr(compare.plot, "draw_grid", lambda grid, out, size: drawn.append((grid, size)))
     configs = [f"configs/x.py:{name}" for name in ("grpo_0", "vcpo_0", "grpo_4")]
     common = [f"--workdir={tmp_path}", f"--out={tmp_path / 'out'}", "--seeds=2"]
-    flags = ["--rows=gradient.staleness", "--reach=0.7", "--panels", "step:eval_reward", "completions:ess"]
+    spent = ["--budget", "seconds:5", "tokens:30", "completions:7"]
+    flags = ["--rows=gradient.staleness", "--reach=0.7", "--panels", "step:eval_reward", "completions:ess", *spent]
     assert compare.main([*configs, *common, *flags]) == 0
     ((first, second), size) = drawn[0]
     assert size == (12, 8)
@@ -100,6 +101,7 @@ def test_rows_by_a_key_panels_by_columns_and_where_a_score_was_reached(tmp_path,
     rows = json.loads((tmp_path / "out.json").read_text())
     assert rows[0]["curve"]["ess"] == [1.0, 1 / 3] and rows[0]["curve"]["completions"] == [8, 16]
     assert [row["reached"] for row in rows[:2]] == [None, {"step": 3, "tokens": 30, "completions": 16, "seconds": 6}]
+    assert rows[1]["within"] == {"seconds:5": 0.25, "tokens:30": 0.75, "completions:7": None}
 
 
 def test_panels_and_keys_that_do_not_exist(started, tmp_path, capsys):
@@ -108,9 +110,16 @@ def test_panels_and_keys_that_do_not_exist(started, tmp_path, capsys):
     assert "--rows=gradient.staleness must be a key of every config" in capsys.readouterr().err
     assert compare.main([*arguments, "--panels", "step:ess"]) == 2
     assert "has no column 'ess'" in capsys.readouterr().err
+    assert compare.main([*arguments, "--budget", "seconds:4"]) == 2
+    assert "--budget=seconds:4 must be spent by every run" in capsys.readouterr().err
+    assert compare.main([*arguments, "--budget", "tokens:1"]) == 2
+    assert "has no such column" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         compare.main([*arguments, "--panels", "ess"])
-    assert "a panel is X:Y" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        compare.main([*arguments, "--budget", "tokens:few"])
+    errors = capsys.readouterr().err
+    assert "a panel is X:Y" in errors and "a number above 0, not 'tokens:few'" in errors
 
 
 def test_a_run_of_another_config_is_not_taken_for_this_one(started, tmp_path, capsys):

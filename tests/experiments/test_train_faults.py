@@ -168,7 +168,8 @@ def test_tokenizers_that_do_not_fit(start, tmp_path, capfd):
         ("other", characters("0123456789:="), "the text must be written in the alphabet '0123456789:='; it has [' ']"),
         ("broken", b"{", "characters.json is not JSON"),
     ):
-        path = checkpoint_with(tmp_path / name, start, characters=alphabet)
+        same = {} if alphabet else {"tokenizer": None}
+        path = checkpoint_with(tmp_path / name, start, characters=alphabet, **same)
         code, error = refused(path, tmp_path / "run", capfd=capfd)
         assert code == 2 and message in error and error.count("\n") == 1, error
         assert not (tmp_path / "run").exists()
