@@ -2,7 +2,7 @@
 
     python -m experiments.train --config=configs/dots.py:dots --workdir=runs/dots
 
-Half of the words hold a letter whose words no completion answers: they teach nothing and cost as much. Rewards are 0 or 1.
+Six words of seven hold a letter whose words no completion answers: they teach nothing and cost as much as others.
 """
 
 import ml_collections
@@ -18,21 +18,19 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
 
 def _base(method: str = "grpo") -> ml_collections.ConfigDict:
-    config = bandit.words(method, steps=300)
-    config.task.options = config.task.options.copy_and_resolve_references()
-    config.task.options.update({"forbidden": "gh", "partial": 0.0})
+    config = bandit.words(method, letters=8, steps=250)
+    config.task.options.forbidden = "efgh"
     config.selection, config.replay = slots.block("rl.data.selection", "uniform"), slots.block("rl.data.replay", "none")
     return config
 
 
-def _dots() -> ml_collections.ConfigDict:
-    config = _base()
-    config.selection = slots.block("rl.data.selection", "dots", references=32)
+def _dots(method: str = "grpo") -> ml_collections.ConfigDict:
+    config = _base(method)
+    config.selection = slots.block("rl.data.selection", "dots", references=64, period=4, temperature=0.1)
     return config
 
 
 def _dots_rr() -> ml_collections.ConfigDict:
-    config = _base("dots_rr")
-    config.selection = slots.block("rl.data.selection", "dots", references=32)
+    config = _dots("dots_rr")
     config.replay = slots.block("rl.data.replay", "fifo")
     return config

@@ -21,6 +21,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
 
 def _stale(method: str, lag: int) -> ml_collections.ConfigDict:
-    config = bandit.words(method, steps=200)
+    config = bandit.words(method, letters=8, steps=300)
     config.gradient.staleness = lag
     return config

@@ -19,7 +19,7 @@ def test_recipes_fit_the_task_and_the_model(recipe):
     config = config_lib.load(f"{report.ROOT / 'configs' / recipe}")
     setup, _ = language.set_up(config, language.task_of(config), pool=None)
     name = recipe.partition(":")[2]
-    assert setup.learner.members == (256 if name == "eggroll" else 0)
+    assert setup.learner.members == (512 if name == "eggroll" else 0)
     assert not {problem.id for problem in setup.test.problems} & {problem.id for problem in setup.train.problems}
     assert setup.settings.length == 6  # three letters and the three that answer them
     if recipe.startswith("staleness"):
