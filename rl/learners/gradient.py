@@ -97,7 +97,7 @@ def learner(
         weights=weights,
         mean=lambda state: state.params if state.base is None else merged(state.base, state.params),
         learn=step.learn,
-        plan=_plan,
+        plan=lambda state: _plan(state, functools.partial(_activations, model, settings, shape)),
         record_experts=settings.routing == "r3",
     )
 
@@ -318,7 +318,12 @@ def _metrics(measured: Sequence[tuple[dict[str, tuple[Array, Array]], dict[str, 
     return means | {name: x.max() for name, x in maxima.items()}
 
 
-def _plan(state: State) -> str:
+def _activations(model: LanguageModel, settings: Settings, shape: packing.Shape, state: State) -> int:
+    merge = functools.partial(_whole(settings), state.base)
+    return estimates.activation_bytes(model, state.params, settings.objective, shape, merge=merge)
+
+
+def _plan(state: State, activations: Callable[[State], int]) -> str:
     mib = lambda *trees: tree_bytes(trees) / 2**20
     parts = {
         "parameters": mib(state.params, state.master, state.base),
@@ -326,4 +331,5 @@ def _plan(state: State) -> str:
         "optimizer": mib(state.opt_state),
         "older policies": mib(state.history, state.reference, state.previous),
     }
-    return ", ".join(f"{name} {size:.1f} MiB" for name, size in parts.items() if size)
+    held = ", ".join(f"{name} {size:.1f} MiB" for name, size in parts.items() if size)
+    return f"{held}, activations about {activations(state) / 2**20:.1f} MiB (config.gradient.tokens)"

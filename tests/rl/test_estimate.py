@@ -93,7 +93,9 @@ OBJECTIVES = {
 SPLITS = [*(("token", shape) for shape in SHAPES), ("sequence", SHAPES[1]), ("score", SHAPES[3])]
 
 
-@pytest.mark.parametrize(("objective", "shape"), SPLITS, ids=[f"{name}-{shape[:3]}" for name, shape in SPLITS])
+@pytest.mark.parametrize(
+    ("objective", "shape"), SPLITS, ids=[f"{name}-{shape.rows}x{shape.capacity}" for name, shape in SPLITS]
+)
 def test_packing_splitting_and_order_change_nothing(objective, shape):
     objective = OBJECTIVES[objective]
     with jax.enable_x64(True):
@@ -222,8 +224,8 @@ def test_no_logits_of_a_whole_row_exist_and_a_micro_batch_is_all_the_memory():
     text = lowered.as_text()
     assert "20x1009xf32" in text and not any(f"{k}x1009x" in text for k in (59, 60, 70, 12, 7))
     needed = lowered.compile().memory_analysis().temp_size_in_bytes
-    one, four = (estimates.temporary_bytes(model, params, CLIP, dataclasses.replace(shape, rows=r)) for r in (5, 20))
-    assert abs(one - needed) < 0.3 * one and 2.5 < four / one < 4.5
+    one, four = (estimates.activation_bytes(model, params, CLIP, dataclasses.replace(shape, rows=r)) for r in (5, 20))
+    assert 0.5 < needed / one < 2.5 and 2.5 < four / one < 4.5
 
 
 def test_compiled_once_whatever_the_lengths():
