@@ -23,13 +23,14 @@ Evolution:
 
 Policy gradients:
 
-* `gradient`: `objective`, every setting of `rl.objectives.policy_gradient.Objective`; `advantage` and its options; most
-  `tokens` of a packed micro-batch; `remat`, activations made again instead of kept (on a CPU only with
-  `scan_layers`); `max_grad_norm` (0: no clipping); `lora` (rank 0: all parameters learn); all else as
-  `rl.learners.settings.Settings`.
+* `gradient`: `objective`, every setting of `rl.objectives.policy_gradient.Objective` (a `weight` only where the preset has
+  one); `advantage` and the preset's options of it; most `tokens` of a packed micro-batch; `remat`, activations made again
+  instead of kept (on a CPU only with `scan_layers`); `max_grad_norm` (0: no clipping); `lora` (rank 0: all parameters learn);
+  all else as `rl.learners.settings.Settings`.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -39,7 +40,16 @@ from configs.base import es, optimizer
 from rl import slots
 from rl.objectives.presets import PRESETS
 
-_OPEN = {"low": float, "high": float, "dual": float, "longest": int, "cap": float, "floor": float}  # None: not used
+# None: not used
+_OPEN = {
+    "low": float,
+    "high": float,
+    "dual": float,
+    "longest": int,
+    "cap": float,
+    "floor": float,
+    "longest_failure": float,
+}
 
 
 def language(
@@ -76,7 +86,7 @@ def policy_gradient(
     config.gradient = {
         "objective": _settings(preset.objective),
         "advantage": preset.advantage,
-        "advantage_options": {},
+        "advantage_options": _typed(preset.options),
         "minibatches": 1,
         "epochs": 1,
         "proximal": "recompute",
@@ -103,12 +113,12 @@ def policy_gradient(
 
 def _settings(settings: Any) -> dict[str, Any]:
     """A dataclass as a config block; what is None keeps its type, so that it can be set."""
-    out = {}
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        value = _settings(value) if dataclasses.is_dataclass(value) else value
-        out[field.name] = placeholder(_OPEN[field.name]) if value is None and field.name in _OPEN else value
-    return out
+    fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    return _typed({name: _settings(x) if dataclasses.is_dataclass(x) else x for name, x in fields.items()})
+
+
+def _typed(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: placeholder(_OPEN[name]) if x is None and name in _OPEN else x for name, x in values.items()}
 
 
 def _base(

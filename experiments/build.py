@@ -48,8 +48,8 @@ _COUNTS = (
     *("members", "envs", "epochs", "minibatches"),
     *("problems", "eval_problems", "examples", "prompts", "samples", "budget", "slots", "workers"),
 )
-_POSITIVE = ("learning_rate", "decay", "sigma", "sigma_decay")
-_LEAST = {"seed": 0, "warm_start.steps": 0, "log_samples": 0, "refills": 0}
+_POSITIVE = ("learning_rate", "decay", "sigma", "sigma_decay", "alpha")
+_LEAST = {"seed": 0, "warm_start.steps": 0, "log_samples": 0, "refills": 0, "gradient.max_grad_norm": 0}
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -188,6 +188,12 @@ def _gradient(config: ml_collections.ConfigDict, model: LanguageModel, train: Pr
         raise ConfigError(
             "replayed groups do not keep the experts that sampled them, which routing 'r3' would force; got config.replay.name "
             f"= {config.replay.name!r}: set it to 'none', or config.gradient.routing to 'r2'"
+        )
+    if config.replay.name == "recent" and config.replay.until != settings.reincarnation:
+        raise ConfigError(
+            "policy reincarnation ends the mixture of recent policies in the step that renews the reference; got "
+            f"config.replay.until = {config.replay.until} and config.gradient.reincarnation = {settings.reincarnation}: set "
+            "both to one step, or to 0"
         )
     shape = packing.shape(tokens, train.longest, config.budget)
     tx = optax.chain(optax.clip_by_global_norm(clip), optimizer(config)) if clip else optimizer(config)

@@ -74,7 +74,8 @@ def set_up(config: ml_collections.ConfigDict, task: tasks.Task, pool: Pool) -> t
                 "sample, or a temperature above 0"
             )
         slots = [slots_lib.bind(f"rl.data.{name}", config[name]) for name in ("selection", "replay")]
-        start_slots(config, *slots, len(train), lambda: np.zeros((len(train), 1)))  # their own errors, before the run
+        blank = lambda: np.zeros((len(train), model.config.width))
+        start_slots(config, *slots, len(train), blank)  # their own errors, before the run
         settings = Settings(
             length=max(train.longest, test.longest) + config.budget, stop=ends,
             sampling=Sampling(**config.sampling.to_dict()), record_experts=method.record_experts, **config.engine.to_dict(),
@@ -191,8 +192,20 @@ def warm_start(run: Run, setup: Setup, params: Params) -> Params:
                 "the warm start ended in parameters that are not finite: lower config.warm_start.learning_rate"
             )
         export(folder, setup, params)
+    return warmed(run.workdir, setup, params)
+
+
+def warmed(workdir: Path, setup: Setup, params: Params) -> Params:
+    """What a run's warm start made, or the parameters before it where it has none.
+
+    Raises:
+        RunError: what it made cannot be read.
+    """
+    folder, c = workdir / "warm_start", setup.config.model
+    if not folder.is_dir():
+        return params
     try:
-        return load(folder, dtype=setup.config.model.dtype, scan_layers=setup.config.model.scan_layers)[1]
+        return load(folder, dtype=c.dtype, scan_layers=c.scan_layers)[1]
     except ValueError as error:
         raise RunError(f"{error}. Delete {folder}, and the same command makes it anew") from error
 

@@ -9,6 +9,7 @@ from rl.objectives.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
+FILES = ("compare", "recipes", "language", "countdown", "bandit")  # of the methods
 _FILES = {
     "eggroll": "eggroll/strategy.py",
     "openes": "eggroll/strategy.py",
@@ -17,6 +18,8 @@ _FILES = {
 }
 _HEADERS = {
     "methods": ("method", "file", "config", "result: **median** (seeds 0, 1, 2)", "training time"),
+    "staleness": ("method", "k = 0", "k = 4", "k = 16", "k = 64"),
+    "selection": ("prompts", "steps", "completions", "seconds"),
     "bench": ("case", "setting", "measure", "value"),
 }
 
@@ -30,22 +33,54 @@ def _file(row: dict) -> str:
 
 def methods() -> list[str]:
     """One row per recipe: the median and every seed's score, and the median time."""
-    groups: dict[str, list[dict]] = {}
-    for file in ("compare", "recipes", "language", "countdown"):
-        for row in json.loads((RESULTS / f"{file}.json").read_text()):
-            groups.setdefault(row["config"], []).append(row)
+    groups = {}
+    for file in FILES:
+        groups |= _by_config(file)
     lines = []
     for config, rows in groups.items():
         first, scores = rows[0], [row["score"] for row in rows]
-        each = ", ".join(f"{score:.4g}" for score in scores)
         seconds = statistics.median(row["seconds"] for row in rows)
         task = first.get("env", first.get("task"))
         before = f"{statistics.median(row['before'] for row in rows):.4g} -> " if "before" in first else ""
         lines.append(
             f"| {first['name']} | `{_file(first)}` | `{config}` | {task}: {first['measure']} {before}"
-            f"**{statistics.median(scores):.4g}** ({each}) | {seconds:.0f} s |"
+            f"{_median_of(scores)} | {seconds:.0f} s |"
         )
     return lines
+
+
+def staleness() -> list[str]:
+    """Held-out words solved in % at the end, per method and age of the answers."""
+    table: dict[str, dict[str, str]] = {}
+    for config, rows in _by_config("staleness").items():
+        method, _, lag = config.partition(":")[2].rpartition("_")
+        table.setdefault(method, {})[f"k = {lag}"] = _median_of([row["score"] for row in rows])
+    return [
+        f"| {method.replace('_', ' ')} | {' | '.join(cells[k] for k in _HEADERS['staleness'][1:])} |"
+        for method, cells in table.items()
+    ]
+
+
+def selection() -> list[str]:
+    """What it took until the held-out score of every seed was reached."""
+    return [
+        f"| {config.partition(':')[2].replace('_', ' ')} | "
+        + " | ".join(_median_of([row["reached"][x] for row in rows]) for x in ("step", "completions", "seconds"))
+        + " |"
+        for config, rows in _by_config("dots").items()
+    ]
+
+
+def _by_config(file: str) -> dict[str, list[dict]]:
+    """The rows of a comparison, seed by seed."""
+    groups: dict[str, list[dict]] = {}
+    for row in json.loads((RESULTS / f"{file}.json").read_text()):
+        groups.setdefault(row["config"], []).append(row)
+    return groups
+
+
+def _median_of(values: list[float]) -> str:
+    return f"**{statistics.median(values):.4g}** ({', '.join(f'{x:.4g}' for x in values)})"
 
 
 def bench() -> list[str]:
@@ -58,9 +93,14 @@ def bench() -> list[str]:
     return lines
 
 
+def tables() -> dict[str, list[str]]:
+    """Name -> rows of every table of the README."""
+    return {"methods": methods(), "staleness": staleness(), "selection": selection(), "bench": bench()}
+
+
 def filled(readme: str) -> str:
-    """The README with both tables as the measurements have them."""
-    for table, rows in (("methods", methods()), ("bench", bench())):
+    """The README with every table as the measurements have it."""
+    for table, rows in tables().items():
         # The header stands inside the markers: a comment after it would end the table.
         header = _HEADERS[table]
         rule = "|---" * len(header) + "|"

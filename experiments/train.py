@@ -24,7 +24,7 @@ from rl.data import selection
 from rl.data.embedding import embed
 from rl.data.replay import Groups
 from rl.learners.gradient import NonFinite
-from rl.learners.types import Answers
+from rl.learners.types import Answers, tree_bytes
 from rl.models.language import Params
 from rl.rewards.pool import Pool, PoolError
 from rl.rollout import engine
@@ -32,6 +32,11 @@ from rl.rollout.generate import generate
 from rl.run import Run, RunError, launch
 from rl.tasks.types import STATUSES, TaskError
 from rl.types import FINISHES, Rollouts, Scored
+
+_SHOWN = (
+    *("eval_solved", "eval_reward", "train_reward", "fitness_std"),
+    *("zero_spread_groups", "entropy", "kl_reference", "clip_fraction", "ess", "sampler_gap_max", "gradient_norm"),
+)
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | Path, tensorboard: bool = False) -> dict[str, Any]:
@@ -44,7 +49,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, tensorboard: b
         setup, params = set_up(config, task, pool)
         run = Run(
             workdir, config, total_steps=config.steps, save_every=config.save_every, unit="tokens",
-            show=("eval_solved", "eval_reward", "train_reward", "fitness_std"), logs=("samples.jsonl",),
+            show=_SHOWN, logs=("samples.jsonl", "judged.jsonl"),
             tensorboard=tensorboard,
         )  # fmt: skip
         with run:
@@ -67,13 +72,14 @@ class Step(NamedTuple):
     replayed: Groups | None
     tokens: int  # generated, those of discarded answers included
     metrics: dict[str, float]
+    judged: tuple[list[int], list[float | None]]  # every problem asked, and the mean of its judged rewards
 
 
 def loop(run: Run, setup: Setup, params: Params) -> dict[str, Any]:
     """Steps until the run is complete."""
     config, learner = setup.config, setup.learner
     state = start(setup, params)
-    run.say(plan(setup, state.learner))
+    run.say(plan(setup, state))
     before = evaluate(setup, learner.mean(state.learner))
     run.say(f"before training, {len(setup.test)} held-out problems: {describe(before)}")
     state, after = run.restore(state), None
@@ -82,12 +88,13 @@ def loop(run: Run, setup: Setup, params: Params) -> dict[str, Any]:
         state, made = collect(setup, state, run.step)
         method, metrics = learn(run, setup, state, made)
         state = state._replace(learner=method)
-        metrics |= made.metrics | measures(made.answers.rollouts, made.answers.scored)
+        metrics |= made.metrics
         if step % config.eval_every == 0 or step == run.total_steps:
             after = evaluate(setup, learner.mean(state.learner))
             metrics |= {f"eval_{name}": value for name, value in summary(after).items()}
         shown = range(min(config.log_samples, len(made.answers.texts)))
         run.log("samples.jsonl", (sample(setup, step, made.answers, row) for row in shown))
+        run.log("judged.jsonl", [{"step": step, "problem": made.judged[0], "reward": made.judged[1]}])
         run.record(state, metrics, work=made.tokens)
     after = evaluate(setup, learner.mean(state.learner)) if after is None else after
     return finish(run, setup, learner.mean(state.learner), before, after)
@@ -111,12 +118,17 @@ def collect(setup: Setup, state: State, step: int) -> tuple[State, Step]:
     metrics: dict[str, float] = {}
     before, useful = state.asked, np.zeros(0, bool)
     tokens = 0
+    judged: tuple[list[int], list[float | None]] = ([], [])
 
     def ask(rows: np.ndarray, samples: int) -> Answers:
         nonlocal state, tokens
         answers = complete(setup, state, rows, samples)
         state = state._replace(asked=state.asked + len(answers.texts))
         tokens += int(answers.rollouts.length.sum())
+        judged[0].extend(map(int, rows))
+        judged[1].extend(
+            float(value[ok].mean()) if ok.any() else None for value, ok in zip(*table(setup, answers), strict=True)
+        )
         return answers
 
     for _ in range(1 + config.refills):
@@ -133,6 +145,7 @@ def collect(setup: Setup, state: State, step: int) -> tuple[State, Step]:
         if config.refills:
             useful = np.concatenate([useful, Groups.make(rows, answers.rollouts, answers.scored).informative])
     answers = rounds[0] if len(rounds) == 1 else Answers.join(rounds)
+    metrics |= measures(answers.rollouts, answers.scored)  # of all that were asked for
     if len(rounds) > 1:  # groups with spread first; those without keep their place in the batch where too few are left
         answers = answers.take(np.argsort(~useful, kind="stable")[: drawn.fresh])
     if not setup.learner.members:
@@ -140,7 +153,7 @@ def collect(setup: Setup, state: State, step: int) -> tuple[State, Step]:
         memory, more = setup.replay.update(state.replay, step, fresh)
         state, metrics = state._replace(replay=memory), metrics | more
     metrics |= {"rounds": len(rounds), "completions": int(state.asked - before)}
-    return state, Step(answers, drawn.groups, tokens, metrics)
+    return state, Step(answers, drawn.groups, tokens, metrics, judged)
 
 
 def learn(run: Run, setup: Setup, state: State, made: Step) -> tuple[Any, dict[str, Any]]:
@@ -216,17 +229,18 @@ def sample(setup: Setup, step: int, answers: Answers, row: int) -> dict[str, Any
 # -- before and after ------------------------------------------------------------------------------------------------
 
 
-def plan(setup: Setup, state: Any) -> str:
+def plan(setup: Setup, state: State) -> str:
     """What the run needs, before it takes it."""
     c, learner, mib = setup.config, setup.learner, 2**20
     rows = max(learner.members, 1) * c.prompts * c.samples
     who = f"{learner.members} members x " if learner.members else ""
-    weights = sum(x.size for x in jax.tree.leaves(learner.mean(state)))
+    weights = sum(x.size for x in jax.tree.leaves(learner.mean(state.learner)))
+    kept = tree_bytes((state.selection, state.replay))
     return (
         f"{weights:,} parameters; {who}{c.prompts} prompts x {c.samples} samples = {rows:,} completions a step in "
         f"{setup.settings.slots} slots of {setup.settings.length} tokens\n"
-        f"memory: {learner.plan(state)}, cache {engine.cache_bytes(setup.model, setup.settings) / mib:.1f} MiB "
-        "(config.engine.slots)"
+        f"memory: {learner.plan(state.learner)}, prompts and replay {kept / mib:.1f} MiB, "
+        f"cache {engine.cache_bytes(setup.model, setup.settings) / mib:.1f} MiB (config.engine.slots)"
     )
 
 

@@ -189,7 +189,7 @@ class _Step:
             learning, *measures = self.update(learning, state.base, batch.credit(**some))
             measured.append(measures)
         params, master, opt_state, skipped = learning
-        metrics = _metrics(measured) | self.measures(step, groups, credit, replayed)
+        metrics = _metrics(measured) | self.measures(step, groups, credit, value, replayed)
         self.check(metrics, groups)
         state = state._replace(params=params, master=master, opt_state=opt_state, skipped=skipped, step=state.step + 1)
         return state, metrics
@@ -265,10 +265,16 @@ class _Step:
         advantage = advantages.minimum_variance(value, ok, log_weight, norms)
         return np.asarray(advantages.to_tokens(advantage, credit["mask"]))
 
-    def measures(self, step: int, groups: Groups, credit, replayed: Groups | None) -> dict[str, float]:
+    def measures(self, step: int, groups: Groups, credit, value, replayed: Groups | None) -> dict[str, float]:
         """Metrics of what was learnt from; the age of a token is in steps."""
         mean = lambda x, where: float(x[where].mean()) if where.any() else 0.0
-        return {
+        more = {}
+        if self.settings.advantage == "adora":
+            options = {name: x for name, x in self.settings.advantage_options if name != "base"}
+            lengths = (groups.mask & credit["counted"][..., None]).sum(axis=-1)
+            weight = advantages.adora_weight(value, credit["counted"], lengths, **options)
+            more["adora_weight"] = float(np.mean(weight))
+        return more | {
             "zero_spread_groups": float(1 - groups.informative.mean()),
             "replayed_groups": 0 if replayed is None else replayed.size,
             "advantage_size": mean(np.abs(credit["advantage"]), credit["mask"]),
@@ -303,11 +309,14 @@ def _update(model, optimizer, settings: Settings, whole, learning, base, batch: 
     kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), tuple(after), (params, master, opt_state))
     skipped = jnp.where(finite, 0, skipped + 1)
     one = jnp.float32(1)
+    # as drawn, not as the objective caps it: the effective sample size does not see a common factor
+    drawn = jnp.where(counted, jnp.exp(jnp.clip(log_weight, -20, 20)), 0)
     metrics = made.metrics | {
+        "sequence_weight": (drawn.sum(), counted.sum().astype(jnp.float32)),
         "gradient_norm": (norm, one), "ess": (share, one), "step_scale": (made.step_scale, one),
         "skipped": (1 - finite.astype(jnp.float32), one),
     }  # fmt: skip
-    maxima = {f"{name}_max": x for name, x in sample.maxima.items()}
+    maxima = {f"{name}_max": x for name, x in sample.maxima.items()} | {"sequence_weight_max": drawn.max()}
     return (*kept, skipped), metrics, maxima | {"skipped_in_a_row": skipped}
 
 

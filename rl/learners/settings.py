@@ -98,7 +98,7 @@ class Settings:
             ValueError: unknown names, settings out of range or that contradict each other, an advantage that needs more
                 samples.
         """
-        advantages.check(self.advantage, samples)
+        advantages.check(self.advantage, samples, dict(self.advantage_options))
         for name, known in (("proximal", PROXIMAL), ("norms", NORMS), ("routing", ROUTING)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")

@@ -6,7 +6,9 @@ equal f32 numbers need not be that number, and dividing what is left over by a t
 Everything here is stop-gradient by nature: no model takes part.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,14 +111,14 @@ def adora_weight(
     lengths: Array,
     *,
     success: float = 0.5,
-    longest_failure: float = float("inf"),
+    longest_failure: float | None = None,
     attenuation: float = 0.1,
     empty: str = "language",
 ) -> Array:
     """ADORA: weight of a prompt, [P]: 1 if its longest success is longer than its mean failure, else `attenuation`.
 
-    Failures of `longest_failure` tokens and more are truncated, not answers, and left out. The two released codes disagree on
-    empty sets (arXiv 2602.10019, repo ShadeCloak/ADORA; the paper's own formulas are not verified):
+    Failures of `longest_failure` tokens and more are truncated, not answers, and left out (None: none is). The two released
+    codes disagree on empty sets (arXiv 2602.10019, repo ShadeCloak/ADORA; the paper's own formulas are not verified):
 
     "language": no success -> attenuation;  successes but no failure left -> 1
     "vision":   no success -> 1;            successes but no failure left -> attenuation
@@ -139,7 +141,9 @@ def adora_weight(
         raise ValueError(f"empty must be 'language' or 'vision', one of the released conventions; got {empty!r}")
     lengths = jnp.asarray(lengths, jnp.float32)
     won = ok & (rewards > success)
-    lost = ok & (rewards <= success) & (lengths < longest_failure)
+    lost = ok & (rewards <= success)
+    if longest_failure is not None:
+        lost = lost & (lengths < longest_failure)
     longest = jnp.where(won, lengths, -jnp.inf).max(axis=1)
     mean = jnp.where(lost, lengths, 0).sum(axis=1) / jnp.maximum(lost.sum(axis=1), 1)
     mean = jnp.where(lost.any(axis=1), mean, -jnp.inf if empty == "language" else jnp.inf)
@@ -160,18 +164,13 @@ def overlong_penalty(lengths: Array, hard: int, cache: int) -> Array:
     return -jnp.clip((jnp.asarray(lengths, jnp.float32) - (hard - cache)) / cache, 0, 1)
 
 
-def has_spread(rewards: Array, ok: Array) -> Array:
-    """DAPO's dynamic sampling, bool [P]: groups whose judged rewards differ; the others carry no gradient."""
-    return _above(rewards, ok).max(axis=1) > 0
-
-
 def to_tokens(advantage: Array, mask: Array) -> Array:
     """[P, G] -> [N, L], prompt-major: each sample's advantage at each of its tokens, 0 where masked."""
     return jnp.where(mask, advantage.reshape(-1, 1), 0)
 
 
-def check(name: str, samples: int) -> None:
-    """Raises ValueError if the name is unknown, or if it compares samples of a group and the group has one."""
+def check(name: str, samples: int, options: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Raises ValueError for an unknown name or option, or where samples of a group are compared and the group has one."""
     if name not in ADVANTAGES:
         raise ValueError(f"advantage must be one of {', '.join(ADVANTAGES)}; got {name!r}")
     if samples < 2 and name not in ALONE:
@@ -179,6 +178,11 @@ def check(name: str, samples: int) -> None:
             f"advantage {name!r} compares the samples of a prompt, so it needs at least 2; got {samples}: raise the samples "
             f"per prompt or take one of {', '.join(ALONE)}"
         )
+    group, token = jnp.zeros((1, samples)), jnp.ones((samples, 1), bool)
+    try:
+        jax.eval_shape(lambda: ADVANTAGES[name](group, group == 0, token, **options))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"advantage {name!r} does not take the options {dict(options)}: {error}") from error
 
 
 def _above(rewards: Array, ok: Array) -> Array:
@@ -201,9 +205,10 @@ def _whiten(x: Array, mask: Array, delta: float = 1e-6) -> Array:
     return x / (jnp.sqrt((x**2).sum() / count) + delta)
 
 
-def _adora(rewards, ok, mask, *, delta: float = 1e-6, **settings):
+def adora(rewards: Array, ok: Array, mask: Array, *, base: str = "group_std", **settings) -> Array:
+    """The advantages of another rule times `adora_weight` of their group, which takes the settings; [N, L]."""
     weight = adora_weight(rewards, ok, _lengths(ok, mask), **settings)
-    return to_tokens(group_std(rewards, ok, delta=delta) * weight[:, None], mask)
+    return ADVANTAGES[base](rewards, ok, mask) * jnp.repeat(weight, ok.shape[1])[:, None]
 
 
 def _lengths(ok: Array, mask: Array) -> Array:
@@ -225,6 +230,6 @@ ADVANTAGES: dict[str, Callable] = {
     "whitened_returns": whitened_returns,
     "whitened_group_mean": whitened_group_mean,
     "minimum_variance": _grouped(minimum_variance),
-    "adora": _adora,
+    "adora": adora,
 }
 ALONE = ("reward", "whitened_returns")

@@ -87,6 +87,8 @@ class Objective:
                 raise ValueError(f"{name} is a half-width, at least 0; got {width}")
         if self.dual is not None and (self.shape != "clip" or not self.dual > 1):
             raise ValueError(f"dual belongs to the shape clip and is above 1; got {self.dual} and {self.shape!r}")
+        if not self.kl >= 0:
+            raise ValueError(f"kl is the coefficient of a penalty, at least 0; got {self.kl}")
         if not min(self.tau) > 0:
             raise ValueError(f"tau must be positive; got {self.tau}")
         if self.weight is not None and self.shape not in ("score", "gate"):

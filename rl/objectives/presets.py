@@ -6,6 +6,8 @@ update: with one update per batch r is 1, and staleness is seen only by what loo
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from rl.objectives.policy_gradient import Objective
 from rl.objectives.weights import Weight
@@ -19,15 +21,18 @@ class Preset:
         about: formula, source, and where libraries differ.
         objective: the loss.
         advantage: a name in `rl.objectives.advantages.ADVANTAGES`.
+        options: of the advantage, each with its default.
     """
 
     about: str
     objective: Objective
     advantage: str
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 _MINIRL_WEIGHT = Weight(of="policy", level="token", cap=5.0)
 _DAPO = Objective(low=0.2, high=0.28)
+_ADORA = {"base": "group_std", "success": 0.5, "longest_failure": None, "attenuation": 0.1, "empty": "language"}
 
 PRESETS: dict[str, Preset] = {
     "reinforce": Preset(
@@ -45,8 +50,8 @@ PRESETS: dict[str, Preset] = {
         Objective(low=0.2, high=0.2, aggregation="constant", longest=1024), "group_mean",
     ),
     "dapo": Preset(
-        "J = sum_it min(r A, clip(r, 0.8, 1.28) A) / sum_it m, A as GRPO (2503.14476); with has_spread for its dynamic "
-        "sampling and overlong_penalty. A token mean per micro-batch, as several libraries had it, is another loss.",
+        "J = sum_it min(r A, clip(r, 0.8, 1.28) A) / sum_it m, A as GRPO (2503.14476). Dynamic sampling, overlong penalty: the "
+        "loop's refills and gradient.overlong. A token mean per micro-batch, as several libraries had it, is another loss.",
         _DAPO, "group_std",
     ),
     "gspo": Preset(
@@ -100,8 +105,8 @@ PRESETS: dict[str, Preset] = {
     ),
     "remix": Preset(
         "J = sum_it min(q A, clip(q, c - 0.2, c + 0.2) A) / sum_it m - 1e-3 KL-Convex, q = exp(logp - behaviour), "
-        "c = exp(proximal - behaviour) (2507.06892). No released code: the coefficients are choices of ours.",
-        Objective(centre="behaviour", window="additive", low=0.2, high=0.2, kl=1e-3), "group_std",
+        "c = exp(proximal - behaviour) (2507.06892), KL(policy || anchor) by k2. No released code: coefficients are ours.",
+        Objective(centre="behaviour", window="additive", low=0.2, high=0.2, kl=1e-3, kl_estimator="k2"), "group_std",
     ),
     "dots_rr": Preset(
         "J = sum_it min(q A, clip(q, 0.8 c, 1.2 c) A) / sum_it m, as in the released code: c times PPO around the proximal "
@@ -112,6 +117,11 @@ PRESETS: dict[str, Preset] = {
         "J = (1/N) sum_i (1/L_i) sum_t (4/tau) sigmoid(tau (r - 1)) A, tau 1 for A > 0 and 1.05 for A < 0: slope "
         "sech^2(tau (r - 1)/2) A instead of a clip. As in TRL.",
         Objective(shape="sapo", aggregation="sequence_mean"), "group_std",
+    ),
+    "adora": Preset(
+        "J as GRPO's clip with token_mean - 0.001 k3, A of a group rule times 1 or 0.1 by `adora_weight` (2602.10019). "
+        "Its released codes disagree on groups without success or failure; thresholds belong to their rewards: set success.",
+        Objective(low=0.2, high=0.2, kl=1e-3), "adora", _ADORA,
     ),
     "vcpo": Preset(
         "J = (1/N) sum_i sg[min(W_i, 8)] A (1/L_i) sum_t logp_it, W = exp(sum_t logp - behaviour), A = (R - b*)/population std "

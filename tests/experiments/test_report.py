@@ -21,7 +21,7 @@ def test_the_readme_tables_are_those_of_the_results():
 
 def test_every_table_is_one_block_of_rows_of_one_width():
     text = (report.ROOT / "README.md").read_text(encoding="utf-8")
-    for table, rows in (("methods", report.methods()), ("bench", report.bench())):
+    for table, rows in report.tables().items():
         lines = text.partition(f"<!-- {table} -->\n")[2].partition(f"\n<!-- /{table} -->")[0].splitlines()
         assert lines[2:] == rows and set(lines[1]) == {"|", "-"}
         assert len({line.count("|") for line in lines}) == 1

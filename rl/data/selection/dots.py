@@ -29,7 +29,7 @@ def default_config() -> ml_collections.ConfigDict:
     """Keys.
 
     `references`: K; `samples`: G of each; `period`: steps between measurements; `target`: alpha; `temperature`: tau;
-    `measure`: "success" or "spread"; `predictor`: a file of trained adapters (`_predictor.fit`, `save`), "" for none.
+    `measure`: "success" or "spread"; `predictor`: a file by `python -m experiments.predictor`, "" for none.
     """
     keys = {"references": 256, "samples": 8, "period": 2, "target": 0.5, "temperature": 1e-3}
     return ml_collections.ConfigDict(keys | {"measure": "success", "predictor": ""}).lock()
@@ -48,9 +48,15 @@ def init(config: ml_collections.ConfigDict, pool: Pool) -> dict[str, Any]:
             f"embeddings must be finite and [{pool.size}, H], one per problem; got {x.shape}, {(~np.isfinite(x)).sum()} of "
             "them not finite"
         )
+    adapters = predictor.load(config.predictor) if config.predictor else {}
+    if adapters and (expects := adapters["query"]["Dense_0"]["kernel"].shape[0]) != x.shape[1]:
+        raise ValueError(
+            f"a predictor reads the embeddings it was trained on; {config.predictor} expects a width of {expects}, this "
+            f"model's is {x.shape[1]}: train one on runs of this model, or set predictor to ''"
+        )
     return {
         "features": x if config.predictor else predictor.features(x),
-        "adapters": predictor.load(config.predictor) if config.predictor else {},
+        "adapters": adapters,
         "predicted": np.full(pool.size, 0.5, np.float32),
         "order": np.arange(pool.size, dtype=np.int32),
         "taken": np.int64(0),

@@ -172,6 +172,7 @@ MISTAKES = {
     "gradient.norms=l2": "norms must be one of exact, logits, equal; got 'l2'",
     "gradient.routing=r4": "routing must be one of none, r2, r3; got 'r4'",
     "gradient.routing=r2": "only a mixture of experts has a routing to replay; got routing 'r2'",
+    "gradient.objective.kl=-0.1": "kl is the coefficient of a penalty, at least 0; got -0.1",
     "gradient.minibatches=0": "minibatches must be at least 1",
     "gradient.minibatches=3": "got config.prompts = 64 and config.gradient.minibatches = 3",
     "gradient.staleness=-1": "staleness must be at least 0; got -1",
@@ -201,6 +202,20 @@ def test_a_mistake_is_refused_before_the_run(overrides):
     with pytest.raises(ConfigError) as error:
         built(*overrides.split())
     assert MISTAKES[overrides] in str(error.value)
+
+
+def test_signs_that_turn_a_step_round_are_refused():
+    for override, message in (
+        ("gradient.max_grad_norm=-1.0", "config.gradient.max_grad_norm must be at least 0, not -1.0"),
+        ("gradient.lora.alpha=-16.0", "config.gradient.lora.alpha must be greater than 0, not -16.0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build.check(config_lib.load(f"{ROOT / 'configs' / 'countdown_grpo.py'}", [override]))
+
+
+def test_the_two_switches_of_a_reincarnation_agree():
+    with pytest.raises(ConfigError, match="config.replay.until = 50 and config.gradient.reincarnation = 80"):
+        built("gradient.reincarnation=80", variant="remix")
 
 
 def test_every_method_is_built_and_replay_excludes_r3():

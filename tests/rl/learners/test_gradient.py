@@ -4,11 +4,13 @@ import dataclasses
 
 import jax
 import numpy as np
+import optax
 import pytest
 
-from rl import lora
-from rl.data.replay import Groups
+from rl import lora, slots
+from rl.data.replay import Groups, Shape
 from rl.learners.gradient import Lora, NonFinite, Settings
+from rl.objectives.policy_gradient import Objective
 from rl.objectives.presets import PRESETS
 from tests.rl.learners.toy import (
     SEED,
@@ -144,6 +146,52 @@ def test_baselines_of_least_variance_see_penalised_rewards(norms):
     close(metrics["objective"], terms.mean(), 1e-4)
 
 
+def test_scaling_steps_leaves_the_rate_and_the_optimizer_alone():
+    """VCPO: the same batch twice is scaled the same, and what the optimizer keeps is of unscaled gradients."""
+    _, params = start()
+    batch, method = answers(spread=0.5), made(dataclasses.replace(MINIRL, step_scale=1.0), 0.0)
+    plain = made(MINIRL, 0.0)
+    state, plain_state, scales = method.init(params), plain.init(params), []
+    for _ in range(2):  # at a rate of 0 the policy, and so the weights, stay
+        state, metrics = method.learn(state, batch, None)
+        plain_state, _ = plain.learn(plain_state, batch, None)
+        scales.append(metrics["step_scale"])
+    assert scales[0] == scales[1] < 0.95
+    equal(state.params, params)
+    trees_close(state.opt_state, plain_state.opt_state, 1e-6)
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_log_ratios_of_a_thousand_leave_numbers_finite(sign):
+    _, params = start()
+    batch = answers(spread=0.5)
+    far = batch.rollouts.logp.copy()
+    far[::2] += np.float32(sign * 1e3)
+    batch = batch._replace(rollouts=dataclasses.replace(batch.rollouts, logp=far))
+    vcpo = settings(PRESETS["vcpo"].objective, "minimum_variance", norms="logits", step_scale=1.0)
+    for method in (made(settings(FREE)), made(MINIRL), made(vcpo)):
+        state, metrics = method.learn(method.init(params), batch, None)
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params)), metrics
+        assert all(np.isfinite(x) for x in metrics.values()) and metrics["skipped"] == 0
+
+
+def test_without_replay_and_selection_dots_rr_is_grpo():
+    """sigma = 1: nothing is drawn from the buffer, and around a policy that is the sampler's the two objectives are one."""
+    _, params = start()
+    batch = answers(spread=0.0)
+    buffer = slots.bind("rl.data.replay", slots.block("rl.data.replay", "fifo", fresh=1.0))
+    memory, _ = buffer.update(
+        buffer.init(Shape(P, G, L, 0)), 0, Groups.make(batch.problem, batch.rollouts, batch.scored)
+    )
+    assert buffer.apply(memory, 1, P) == (None, P)
+    one, other = (
+        made(settings(objective)) for objective in (PRESETS["dots_rr"].objective, Objective(low=0.2, high=0.2))
+    )
+    trees_close(
+        one.learn(one.init(params), batch, None)[0].params, other.learn(other.init(params), batch, None)[0].params
+    )
+
+
 # -- policies of other steps -----------------------------------------------------------------------------------------
 
 
@@ -167,12 +215,15 @@ def test_reincarnation_renews_the_reference_and_ends_the_epochs():
     method = made(settings(epochs=2, reincarnation=2, kl_convex=True))
     state, metrics = method.init(start()[1]), []
     for step in range(4):
-        before = jax.tree.map(np.array, state.params)
+        before, kept = jax.tree.map(np.array, (state.params, state.opt_state))
         old = jax.tree.map(np.array, state.reference)
         state, found = method.learn(state, answers(step), None)
         metrics.append(found)
         equal(state.reference, before if step == 2 else old)
         equal(state.previous, before)
+        if step >= 2:  # momentum goes on: what is new in it is one clipped gradient
+            fresh = jax.tree.map(lambda new, old: new - 0.9 * old, state.opt_state, kept)
+            assert 0 < optax.tree.norm(fresh) <= 1.0001 < 2 < optax.tree.norm(kept)
     # one update a step from then on, whose ratio is 1; the first begins at the reference itself
     assert [m["ratio"] == 1 for m in metrics] == [False, False, True, True]
     assert metrics[1]["kl_reference"] > 1e-3 < metrics[3]["kl_reference"] and metrics[2]["kl_reference"] == 0

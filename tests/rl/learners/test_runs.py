@@ -107,9 +107,12 @@ def test_a_selection_that_returns_nothing_is_an_error(monkeypatch):
 # -- runs ------------------------------------------------------------------------------------------------------------
 
 
-def test_an_interrupted_run_with_everything_ends_bit_equal(start, tmp_path, monkeypatch):
-    """Refills, replay, a measured selection, a policy of two steps ago, minibatches: all of it is in the checkpoint."""
-    config = config_of(start, variant="mixed")
+@pytest.mark.parametrize("variant", ["mixed", "anchored"])
+def test_an_interrupted_run_with_everything_ends_bit_equal(start, tmp_path, monkeypatch, variant):
+    """All of it is in the checkpoint: refills, replay, a measured selection, a policy of two steps ago, minibatches; and
+    adapters of a bf16 model, both anchors, recent groups, epochs, over the step that renews the reference.
+    """
+    config = config_of(start, variant=variant)
     train.train(config, tmp_path / "whole")
     record = Run.record
 
@@ -131,6 +134,10 @@ def test_an_interrupted_run_with_everything_ends_bit_equal(start, tmp_path, monk
         finals.append(final(tmp_path / name))
     assert finals[0] == finals[1]
     metrics = rows(tmp_path / "whole" / "metrics.jsonl")
+    if variant == "anchored":
+        assert [row["replayed_groups"] for row in metrics] == [0, 2, 2, 0, 0]
+        assert [row["kl_reference"] == 0 for row in metrics] == [False, False, False, True, False]
+        return
     assert max(row["rounds"] for row in metrics) == 2 and max(row["replayed_groups"] for row in metrics) > 0
     assert [row["age"] > 0 for row in metrics] == [False] + [True] * 4
     assert any(row["skipped"] < 1 and row["gradient_norm"] > 0 for row in metrics)

@@ -20,6 +20,11 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         config.replay = slots.block("rl.data.replay", "fifo", fresh=0.5, capacity=6)
         config.refills = 1
         config.gradient.update({"staleness": 2, "minibatches": 2, "informative_only": True})
+    if variant == "anchored":
+        config.replay = slots.block("rl.data.replay", "recent", replayed=0.5, until=3)
+        config.model.dtype = "bfloat16"
+        config.gradient.update({"epochs": 2, "kl_convex": True, "reincarnation": 3, "step_scale": 1.0})
+        config.gradient.lora.update({"rank": 2, "pattern": "attention/.*kernel"})
     if variant == "divided":
         config.gradient.advantage_options = {"delta": 0.0}
         config.gradient.limit = 2

@@ -159,13 +159,6 @@ def test_overlong_refused(cache):
         adv.overlong_penalty(np.array([1]), 10, cache)
 
 
-def test_spread():
-    rewards = np.array([[1.0, 0, 0, 0], [0.1] * 4, [0] * 4, [1, 1, 1, 0], [1, 0, 0, 0]])
-    ok = np.ones((5, 4), bool)
-    ok[4, 0] = False  # its only success was not judged
-    assert adv.has_spread(rewards, ok).tolist() == [True, False, False, True, False]
-
-
 def adora(rewards, lengths, **settings):
     rewards, lengths = np.array([rewards], float), np.array([lengths])
     return float(adv.adora_weight(rewards, np.ones(rewards.shape, bool), lengths, success=1.01, **settings)[0])
@@ -211,6 +204,31 @@ def test_adora_scales_whole_groups():
     np.testing.assert_allclose(
         adv.ADVANTAGES["adora"](rewards, OK, mask, success=1.01)[0, 9], 0.1 * base[0, 9], rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("base", ["group_mean", "leave_one_out", "reward", "whitened_returns"])
+def test_adora_scales_any_rule(base):
+    rewards, ok, mask = np.array([[1.0, 0, 1, 0], [0, 1, 0, 1]]), np.ones((2, 4), bool), np.ones((8, 6), bool)
+    mask[0, 3:] = mask[2, 3:] = False  # the successes of the first group are shorter than its failures
+    got = adv.ADVANTAGES["adora"](rewards, ok, mask, base=base, success=0.5, attenuation=0.25)
+    weight = np.repeat([0.25, 0.25], 4)[:, None]  # in the second, all are as long: not longer
+    np.testing.assert_allclose(got, weight * adv.ADVANTAGES[base](rewards, ok, mask), rtol=1e-6)
+    mask[:, :] = True
+    mask[1, 3:] = mask[3, 3:] = False  # and now longer
+    got = adv.ADVANTAGES["adora"](rewards, ok, mask, base=base, success=0.5, attenuation=0.25)
+    weight = np.repeat([1, 0.25], 4)[:, None]
+    np.testing.assert_allclose(got, weight * adv.ADVANTAGES[base](rewards, ok, mask), rtol=1e-6)
+
+
+def test_options_that_a_rule_does_not_have_are_refused():
+    adv.check("adora", 2, {"base": "group_mean", "success": 0.5, "longest_failure": None})
+    for options, message in (
+        ({"base": "best"}, "advantage 'adora' does not take the options {'base': 'best'}"),
+        ({"empt": "both"}, "does not take the options .* unexpected keyword argument 'empt'"),
+        ({"empty": "both"}, "empty must be 'language' or 'vision'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            adv.check("adora", 2, options)
 
 
 def test_adora_refused():
