@@ -9,6 +9,7 @@ from rl.objectives.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
+BUDGETS = ("seconds:120", "tokens:1750000")  # of the comparison on countdown
 FILES = ("compare", "recipes", "language", "countdown", "bandit")  # of the methods
 _FILES = {
     "eggroll": "eggroll/strategy.py",
@@ -18,6 +19,7 @@ _FILES = {
 }
 _HEADERS = {
     "methods": ("method", "file", "config", "result: **median** (seeds 0, 1, 2)", "training time"),
+    "countdown": ("method", "before", *(f"within {x.replace(':', ' ')}" for x in BUDGETS), "at the end"),
     "staleness": ("method", "k = 0", "k = 4", "k = 16", "k = 64"),
     "selection": ("prompts", "steps", "completions", "seconds"),
     "bench": ("case", "setting", "measure", "value"),
@@ -46,6 +48,16 @@ def methods() -> list[str]:
             f"| {first['name']} | `{_file(first)}` | `{config}` | {task}: {first['measure']} {before}"
             f"{_median_of(scores)} | {seconds:.0f} s |"
         )
+    return lines
+
+
+def countdown() -> list[str]:
+    """Held-out problems solved in %, before, within equal budgets and at the end."""
+    lines = []
+    for rows in _by_config("countdown").values():
+        budgets = [[100 * row["within"][budget] for row in rows] for budget in rows[0]["within"]]
+        cells = [[row["before"] for row in rows], *budgets, [row["score"] for row in rows]]
+        lines.append(f"| {rows[0]['name']} | {' | '.join(map(_median_of, cells))} |")
     return lines
 
 
@@ -95,7 +107,8 @@ def bench() -> list[str]:
 
 def tables() -> dict[str, list[str]]:
     """Name -> rows of every table of the README."""
-    return {"methods": methods(), "staleness": staleness(), "selection": selection(), "bench": bench()}
+    made = (methods, countdown, staleness, selection, bench)
+    return {make.__name__: make() for make in made}
 
 
 def filled(readme: str) -> str:

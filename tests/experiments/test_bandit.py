@@ -1,5 +1,7 @@
 """Every recipe of a toy bandit can be run as it is, and what the committed comparisons say holds."""
 
+import json
+
 import pytest
 
 from configs import bandit, staleness
@@ -31,3 +33,9 @@ def test_unknown_variants_list_what_exists():
         bandit.get_config("grop")
     with pytest.raises(config_lib.ConfigError, match="grpo_0, grpo_1, grpo_4, grpo_16, grpo_64, decoupled_ppo_0"):
         staleness.get_config("grpo_2")
+
+
+def test_every_method_reached_the_optimum_within_a_minute():
+    results = json.loads((report.RESULTS / "bandit.json").read_text())
+    assert {row["config"].partition(":")[2] for row in results} == {*PRESETS, "eggroll"}
+    assert all(row["score"] == 100 and row["seconds"] < 60 for row in results)

@@ -63,7 +63,7 @@ def test_the_readme_example_of_the_losses_runs():
     assert (float(out.numerator), float(out.denominator)) == (pytest.approx(0, abs=1e-5), 20)
 
 
-@pytest.mark.parametrize("file", ["compare", "recipes", "language", "countdown"])
+@pytest.mark.parametrize("file", report.FILES)
 def test_the_docstring_of_a_recipe_has_the_measured_scores_and_its_command(file):
     for row in json.loads((report.RESULTS / f"{file}.json").read_text()):
         path = row["config"].partition(":")[0]

@@ -223,7 +223,8 @@ def test_reincarnation_renews_the_reference_and_ends_the_epochs():
         equal(state.previous, before)
         if step >= 2:  # momentum goes on: what is new in it is one clipped gradient
             fresh = jax.tree.map(lambda new, old: new - 0.9 * old, state.opt_state, kept)
-            assert 0 < optax.tree.norm(fresh) <= 1.0001 < 2 < optax.tree.norm(kept)
+            close(optax.tree.norm(fresh), min(1.0, found["gradient_norm"]), 1e-4)
+            assert optax.tree.norm(kept) > 0.5
     # one update a step from then on, whose ratio is 1; the first begins at the reference itself
     assert [m["ratio"] == 1 for m in metrics] == [False, False, True, True]
     assert metrics[1]["kl_reference"] > 1e-3 < metrics[3]["kl_reference"] and metrics[2]["kl_reference"] == 0

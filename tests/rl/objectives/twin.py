@@ -37,7 +37,7 @@ AGGREGATION = {
     "gspo": "sequence_mean", "rloo": "sequence_sum", "reinforce_pp": "token_mean", "reinforce_pp_baseline": "token_mean",
     "cispo": "token_mean", "ppo": "token_mean", "minirl": "sequence_sum", "decoupled_ppo": "token_mean",
     "tis": "token_mean", "mis": "token_mean", "remix": "token_mean", "dots_rr": "token_mean", "sapo": "sequence_mean",
-    "vcpo": "sequence_mean",
+    "vcpo": "sequence_mean", "adora": "token_mean",
 }  # fmt: skip
 
 
@@ -70,13 +70,13 @@ def _token(name, i, t, tokens, logp, proximal, behaviour, reference, a):
     u, q, b = math.exp(lp - old), math.exp(lp - mu), math.exp(old - mu)
     if name in ("reinforce", "rloo"):
         return a * lp, a
-    if name in ("grpo", "dr_grpo", "reinforce_pp", "reinforce_pp_baseline"):
+    if name in ("grpo", "dr_grpo", "reinforce_pp", "reinforce_pp_baseline", "adora"):
         j, alive = ppo_term(u, a, 0.8, 1.2)
         g = u * a if alive else 0.0
-        if name == "grpo":
-            d = reference[i, t] - lp
-            j -= 0.04 * min(math.exp(d) - d - 1, 10)
-            g -= 0.04 * (1 - math.exp(d) if math.exp(d) - d - 1 < 10 else 0.0)
+        if name in ("grpo", "adora"):
+            d, k = reference[i, t] - lp, {"grpo": 0.04, "adora": 1e-3}[name]
+            j -= k * min(math.exp(d) - d - 1, 10)
+            g -= k * (1 - math.exp(d) if math.exp(d) - d - 1 < 10 else 0.0)
         return j, g
     if name in ("dapo", "tis", "mis"):
         j, alive = ppo_term(u, a, 0.8, 1.28)
@@ -102,8 +102,7 @@ def _token(name, i, t, tokens, logp, proximal, behaviour, reference, a):
     if name == "remix":
         j, alive = ppo_term(q, a, b - 0.2, b + 0.2)
         d = reference[i, t] - lp
-        penalty = min(math.exp(d) - d - 1, 10)
-        return j - 1e-3 * penalty, (q * a if alive else 0.0) - 1e-3 * ((1 - math.exp(d)) if penalty < 10 else 0.0)
+        return j - 1e-3 * d**2 / 2, (q * a if alive else 0.0) + 1e-3 * d
     if name == "dots_rr":
         j, alive = ppo_term(q, a, b * 0.8, b * 1.2)
         return j, (q * a if alive else 0.0)
