@@ -85,7 +85,10 @@ def loop(run: Run, setup: Setup, params: Params) -> dict[str, Any]:
     state, after = run.restore(state), None
     while run.step < run.total_steps:
         step = run.step + 1
-        state, made = collect(setup, state, run.step)
+        try:
+            state, made = collect(setup, state, run.step)
+        except ValueError as error:  # answers that nothing can be learnt from, such as log-probabilities that are not finite
+            raise RunError(f"step {step}: {error}") from error
         method, metrics = learn(run, setup, state, made)
         state = state._replace(learner=method)
         metrics |= made.metrics

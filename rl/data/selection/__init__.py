@@ -7,7 +7,7 @@ Every method, with S answers to a prompt (G samples of one policy, or M members 
     apply(config, state, step: int, count: int) -> (state, Choice)
         The next `count` problems; `step` counts from 0. May be called again within a step (a refill): no problem of one
         round comes twice. Where `choice.reference` is not empty there are no rows yet: the method first wants answers of
-        the current policy to these problems. The loop rolls them out, calls `update`, then `apply` again, which answers.
+        the policy that samples to these problems. The loop rolls them out, calls `update`, then `apply` again, which answers.
     update(config, state, judged: Judged) -> (state, metrics: dict[str, float])
         How the answers were judged: of the reference set, and of every step's training groups (`judged.reference` tells).
 
