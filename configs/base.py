@@ -1,7 +1,7 @@
 """What the recipes share: blocks of keys with their defaults, and how a variant is picked.
 
 `optimizer`: `name` (adam, adamw, sgd), `learning_rate`, and its `schedule` over the run's steps: `constant`,
-`exponential` (multiplied by `decay` after every step) or `cosine` (to zero at the last step).
+`exponential` (multiplied by `decay` after every step) or `cosine` (to zero at the last step), however many updates a step has.
 
 `es`: `population` (crossed, antithetic, independent) of `members`, in `blocks` if crossed; `rank`; patterns of parameters
 that get `full`-rank noise (a matrix must not be smaller than the rank) or stay `frozen`; `noise` (gaussian, rademacher);

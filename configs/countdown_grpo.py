@@ -41,7 +41,7 @@ def _base(method: str) -> ml_collections.ConfigDict:
         method,
         task_options={"numbers": (3, 3), "operands": (1, 30), "target": (1, 99), "operations": "+-*"},
         budget=12,
-        steps=240,
+        steps=120,
         samples=16,
         learning_rate=2e-4,
     )
@@ -57,7 +57,7 @@ def _base(method: str) -> ml_collections.ConfigDict:
 
 def _dapo() -> ml_collections.ConfigDict:
     config = _base("dapo")
-    config.steps = 200  # some take several rounds
+    config.steps = 100  # some take several rounds
     config.refills, config.gradient.informative_only = 3, True
     return config
 

@@ -96,11 +96,12 @@ def choose(key: str, name: str, known: Mapping[str, Any]) -> Any:
     return known[name]
 
 
-def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """The optimizer of `config.optimizer` for a run of `config.steps` steps."""
+def optimizer(config: ml_collections.ConfigDict, updates: int = 1) -> optax.GradientTransformation:
+    """The optimizer of `config.optimizer` for a run of `config.steps` steps of so many updates, which its schedule counts."""
     c = config.optimizer
     schedule = choose("optimizer.schedule", c.schedule, SCHEDULES)(c, config.steps)
-    return choose("optimizer.name", c.name, OPTIMIZERS)(schedule)
+    by_step = schedule if updates == 1 else lambda count: schedule(count / updates)
+    return choose("optimizer.name", c.name, OPTIMIZERS)(by_step)
 
 
 def strategy(config: ml_collections.ConfigDict, rules: tuple[tuple[str, str], ...] = ()) -> eggroll.Strategy:
@@ -196,7 +197,8 @@ def _gradient(config: ml_collections.ConfigDict, model: LanguageModel, train: Pr
             "both to one step, or to 0"
         )
     shape = packing.shape(tokens, train.longest, config.budget)
-    tx = optax.chain(optax.clip_by_global_norm(clip), optimizer(config)) if clip else optimizer(config)
+    tx = optimizer(config, settings.minibatches * settings.epochs)
+    tx = optax.chain(optax.clip_by_global_norm(clip), tx) if clip else tx
     made = gradient.learner(model, tx, settings, shape, train.ids, config.samples, config.seed, stop)
     if config.prompts % settings.minibatches:
         raise ConfigError(

@@ -1,6 +1,7 @@
 """Writes the README's tables from the committed measurements: `python -m experiments.report`."""
 
 import json
+import math
 import re
 import statistics
 from pathlib import Path
@@ -21,7 +22,7 @@ _HEADERS = {
     "methods": ("method", "file", "config", "result: **median** (seeds 0, 1, 2)", "training time"),
     "countdown": ("method", "before", *(f"within {x.replace(':', ' ')}" for x in BUDGETS), "at the end"),
     "staleness": ("method", "k = 0", "k = 4", "k = 16", "k = 64"),
-    "selection": ("prompts", "steps", "completions", "seconds"),
+    "selection": ("prompts", "at the end", "steps to 10 %", "completions", "seconds"),
     "bench": ("case", "setting", "measure", "value"),
 }
 
@@ -74,13 +75,13 @@ def staleness() -> list[str]:
 
 
 def selection() -> list[str]:
-    """What it took until the held-out score of every seed was reached."""
-    return [
-        f"| {config.partition(':')[2].replace('_', ' ')} | "
-        + " | ".join(_median_of([row["reached"][x] for row in rows]) for x in ("step", "completions", "seconds"))
-        + " |"
-        for config, rows in _by_config("dots").items()
-    ]
+    """Held-out words solved in % at the end, and what it took until a share was first reached."""
+    lines = []
+    for config, rows in _by_config("dots").items():
+        taken = [[(row["reached"] or {}).get(x, math.inf) for row in rows] for x in ("step", "completions", "seconds")]
+        cells = [[row["score"] for row in rows], *taken]
+        lines.append(f"| {config.partition(':')[2].replace('_', ' ')} | {' | '.join(map(_median_of, cells))} |")
+    return lines
 
 
 def _by_config(file: str) -> dict[str, list[dict]]:
@@ -92,7 +93,8 @@ def _by_config(file: str) -> dict[str, list[dict]]:
 
 
 def _median_of(values: list[float]) -> str:
-    return f"**{statistics.median(values):.4g}** ({', '.join(f'{x:.4g}' for x in values)})"
+    median, *each = ("never" if math.isinf(x) else f"{x:.4g}" for x in (statistics.median(values), *values))
+    return f"**{median}** ({', '.join(each)})"
 
 
 def bench() -> list[str]:

@@ -87,7 +87,9 @@ def loop(run: Run, setup: Setup, params: Params) -> dict[str, Any]:
         step = run.step + 1
         try:
             state, made = collect(setup, state, run.step)
-        except ValueError as error:  # answers that nothing can be learnt from, such as log-probabilities that are not finite
+        except (
+            ValueError
+        ) as error:  # answers that nothing can be learnt from, such as log-probabilities that are not finite
             raise RunError(f"step {step}: {error}") from error
         method, metrics = learn(run, setup, state, made)
         state = state._replace(learner=method)

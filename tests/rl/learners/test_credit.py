@@ -213,6 +213,17 @@ def test_signs_that_turn_a_step_round_are_refused():
             build.check(config_lib.load(f"{ROOT / 'configs' / 'countdown_grpo.py'}", [override]))
 
 
+def test_schedules_count_steps_whatever_number_of_updates_they_have():
+    """Cosine to 0 over 120 steps of 2 updates: 1/2 (1 + cos(pi u / 240)) of the rate at update u."""
+    config = config_lib.load(f"{ROOT / 'configs' / 'countdown_grpo.py'}", ["optimizer.name=sgd", "steps=120"])
+    tx, gradient = build.optimizer(config, updates=2), np.ones(1, np.float32)
+    state, rates = tx.init(gradient), []
+    for _ in range(241):
+        updates, state = tx.update(gradient, state)
+        rates.append(-float(updates[0]))
+    np.testing.assert_allclose(rates, 1e-4 * (1 + np.cos(np.pi * np.arange(241) / 240)), rtol=1e-4, atol=1e-9)
+
+
 def test_the_two_switches_of_a_reincarnation_agree():
     with pytest.raises(ConfigError, match="config.replay.until = 50 and config.gradient.reincarnation = 80"):
         built("gradient.reincarnation=80", variant="remix")
