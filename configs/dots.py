@@ -18,7 +18,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
 
 def _base(method: str = "grpo") -> ml_collections.ConfigDict:
-    config = bandit.words(method, letters=8, steps=250)
+    config = bandit.words(method, steps=250)
     config.task.options.forbidden = "efgh"
     config.selection, config.replay = slots.block("rl.data.selection", "uniform"), slots.block("rl.data.replay", "none")
     return config

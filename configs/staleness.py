@@ -22,7 +22,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
 
 def _stale(method: str, lag: int) -> ml_collections.ConfigDict:
-    config = bandit.words(method, letters=8, steps=300)
+    config = bandit.words(method, steps=300)
     config.gradient.staleness = lag
     if method == "remix":  # not before answers of the policies it mixes have come
         config.gradient.reincarnation = config.replay.until = 50 + 2 * lag
