@@ -4,7 +4,7 @@
 
 The harder setting, reported as it is: of 2,048 held-out problems the warm start (8,192 solved ones, 500 steps) solves 39.11,
 43.16 and 43.55 % with seeds 0, 1 and 2, and 60 generations of 256 members on 64 prompts solve 40.62, 44.73 and 46.14 %: paired
-gains of 1.5 +- 1.1, 1.6 +- 1.3 and 2.6 +- 1.3 points in about 147 s on one CPU core. Policy gradients gain 4 to 7 in that time
+gains of 1.5 +- 1.1, 1.6 +- 1.3 and 2.6 +- 1.3 points in about 147 s on one CPU core. Policy gradients gain 4 to 7 in half of it
 (`configs/countdown_grpo.py`). On a fixed batch reward climbs quickly; on fresh prompts most of it is what each prompt teaches
 about itself. See `configs/arithmetic_eggroll.py` for a behaviour that all prompts share.
 """

@@ -10,7 +10,7 @@ from rl.objectives.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
-BUDGETS = ("seconds:120", "tokens:1750000")  # of the comparison on countdown
+BUDGETS = ("seconds:66", "tokens:870000")  # of the comparison on countdown
 FILES = ("compare", "recipes", "language", "countdown", "bandit")  # of the methods
 _FILES = {
     "eggroll": "eggroll/strategy.py",
