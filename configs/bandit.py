@@ -57,10 +57,23 @@ def _remix(config: ml_collections.ConfigDict) -> None:
     config.replay = slots.block("rl.data.replay", "recent", until=50)
 
 
+def _longer(config: ml_collections.ConfigDict) -> None:
+    config.steps = 400
+
+
 def _dots_rr(config: ml_collections.ConfigDict) -> None:
+    _longer(config)
     # the published temperature, 1e-3, takes predictions at their word; a model of width 32 predicts badly
-    config.selection = slots.block("rl.data.selection", "dots", references=32, temperature=0.2)
+    config.selection = slots.block("rl.data.selection", "dots", references=64, temperature=0.2)
     config.replay = slots.block("rl.data.replay", "fifo")
 
 
-_SPECIAL = {"dapo": _dapo, "vcpo": _vcpo, "remix": _remix, "dots_rr": _dots_rr}
+_SPECIAL = {
+    "dapo": _dapo,
+    "vcpo": _vcpo,
+    "remix": _remix,
+    "dots_rr": _dots_rr,
+    "adora": _longer,
+    "cispo": _longer,
+    "mis": _longer,
+}

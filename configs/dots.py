@@ -18,7 +18,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
 
 def _base(method: str = "grpo") -> ml_collections.ConfigDict:
-    config = bandit.words(method, steps=250)
+    config = bandit.words(method)
+    config.steps = 250
     config.task.options.forbidden = "efgh"
     config.selection, config.replay = slots.block("rl.data.selection", "uniform"), slots.block("rl.data.replay", "none")
     return config

@@ -38,4 +38,4 @@ def test_unknown_variants_list_what_exists():
 def test_every_method_reached_the_optimum_within_a_minute():
     results = json.loads((report.RESULTS / "bandit.json").read_text())
     assert {row["config"].partition(":")[2] for row in results} == {*PRESETS, "eggroll"}
-    assert all(row["score"] == 100 and row["seconds"] < 60 for row in results)
+    assert all(row["reach"] == 1 and row["reached"]["seconds"] < 60 and row["score"] > 90 for row in results)
