@@ -78,7 +78,7 @@ def _remix() -> ml_collections.ConfigDict:
 
 def _dots_rr() -> ml_collections.ConfigDict:
     config = _base("dots_rr")
-    config.selection = slots.block("rl.data.selection", "dots", references=64, period=4)  # an eighth of the answers
+    config.selection = slots.block("rl.data.selection", "dots", references=64, period=4)  # 128 answers a step
     config.replay = slots.block("rl.data.replay", "fifo")
     return config
 
