@@ -31,7 +31,8 @@ def words(method: str, steps: int = 250) -> ml_collections.ConfigDict:
     shared = {"task_options": {"letters": letters, "length": (1, 3), "partial": 0.5, "forbidden": ""}, "budget": 3}
     if method == "eggroll":
         config = language("cipher", steps=150, es_changes={"members": 512, "sigma": 0.1}, learning_rate=0.02, **shared)
-        config.prompts = 16
+        # greedy answers have plateaus, where no perturbation changes one; drawn ones do not
+        config.prompts, config.sampling.temperature = 16, 1.0
     else:
         config = policy_gradient("cipher", method, steps=steps, samples=8, learning_rate=3e-3, **shared)
         config.prompts, config.gradient.tokens = 64, 4096
@@ -65,7 +66,7 @@ def _longer(config: ml_collections.ConfigDict) -> None:
 
 def _adora(config: ml_collections.ConfigDict) -> None:
     _longer(config)
-    config.gradient.objective.entropy = 0.002  # it multiplies most advantages by a tenth
+    config.samples, config.gradient.objective.entropy = 12, 0.01  # it multiplies most advantages by a tenth
 
 
 def _dots_rr(config: ml_collections.ConfigDict) -> None:

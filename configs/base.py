@@ -1,7 +1,9 @@
 """What the recipes share: blocks of keys with their defaults, and how a variant is picked.
 
-`optimizer`: `name` (adam, adamw, sgd), `learning_rate`, and its `schedule` over the run's steps: `constant`,
-`exponential` (multiplied by `decay` after every step) or `cosine` (to zero at the last step), however many updates a step has.
+`optimizer`: `name` of `experiments.build.OPTIMIZERS` and its `options`, `learning_rate`, and its `schedule` over the run's
+steps: `constant`, `exponential` (multiplied by `decay` after every step), `cosine` (to zero at the last step) or
+`warmup_cosine` (from zero in a straight line over the first `warmup` of the steps, a share of them, then cosine), however many
+updates a step has.
 
 `es`: `population` (crossed, antithetic, independent) of `members`, in `blocks` if crossed; `rank`; patterns of parameters
 that get `full`-rank noise (a matrix must not be smaller than the rank) or stay `frozen`; `noise` (gaussian, rademacher);
@@ -42,7 +44,12 @@ def pick(variant: str, variants: Variants) -> ml_collections.ConfigDict:
 
 def optimizer(**changes: Any) -> ml_collections.ConfigDict:
     """The `optimizer` block."""
-    return _block({"name": "adam", "learning_rate": 0.05, "schedule": "constant", "decay": 1.0}, changes)
+    options = changes.pop("options", {})
+    defaults = {"name": "adam", "learning_rate": 0.05, "schedule": "constant", "decay": 1.0, "warmup": 0.1}
+    block = _block(defaults, changes)
+    with block.unlocked():
+        block.options = options
+    return block
 
 
 def es(**changes: Any) -> ml_collections.ConfigDict:

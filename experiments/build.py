@@ -9,8 +9,10 @@ import jax
 import ml_collections
 import numpy as np
 import optax
+import optax.contrib
 
 import eggroll
+from rl import optim
 from rl.config import ConfigError, flatten
 from rl.data import packing
 from rl.data.prompts import Prompts
@@ -26,11 +28,28 @@ from rl.rewards.judge import mean_reward, pass_at
 EVOLUTION = {"eggroll": "low-rank noise", "openes": "full-rank noise"}
 FITNESS = {"mean": lambda c: mean_reward, "pass_at": lambda c: functools.partial(pass_at, c.k)}
 
-OPTIMIZERS = {"adam": optax.adam, "adamw": optax.adamw, "sgd": optax.sgd}
+_OPTAX = (
+    optax.adam,
+    optax.adamw,
+    optax.sgd,
+    optax.sign_sgd,
+    optax.lion,
+    optax.adafactor,
+    optax.sm3,
+    optax.contrib.muon,
+)
+_OURS = (
+    *(optim.frugal, optim.galore, optim.badam, optim.fira, optim.ldadam, optim.apollo, optim.apollo_mini),
+    *(optim.adam_mini, optim.adam8bit),
+)
+OPTIMIZERS = {make.__name__: make for make in (*_OPTAX, *_OURS)}
 SCHEDULES = {
     "constant": lambda c, steps: optax.constant_schedule(c.learning_rate),
     "exponential": lambda c, steps: optax.exponential_decay(c.learning_rate, 1, c.decay),
     "cosine": lambda c, steps: optax.cosine_decay_schedule(c.learning_rate, steps),
+    "warmup_cosine": lambda c, steps: optax.warmup_cosine_decay_schedule(
+        0.0, c.learning_rate, round(c.warmup * steps), steps
+    ),
 }
 POPULATIONS = {
     "crossed": lambda c: eggroll.crossed(c.members, blocks=c.blocks),
@@ -45,19 +64,19 @@ SHAPINGS = {
 
 _COUNTS = (
     *("steps", "save_every", "eval_every", "eval_episodes", "episodes", "batch", "width", "hidden"),
-    *("members", "envs", "epochs", "minibatches"),
+    *("members", "envs", "epochs", "minibatches", "layers", "heads", "kv_heads", "head_dim", "eval_windows"),
     *("problems", "eval_problems", "examples", "prompts", "samples", "budget", "slots", "workers"),
 )
 _POSITIVE = ("learning_rate", "decay", "sigma", "sigma_decay", "alpha")
-_LEAST = {"seed": 0, "warm_start.steps": 0, "log_samples": 0, "refills": 0, "gradient.max_grad_norm": 0}
+_LEAST = {"seed": 0, "warm_start.steps": 0, "log_samples": 0, "refills": 0, "gradient.max_grad_norm": 0, "window": 1}
 
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Checks the numbers that mean the same in every block, before anything is built or written.
 
     Raises:
-      ConfigError: a count below 1, a number below 0 that must not be, or a rate, scale or decay that is not positive; names
-        the key.
+      ConfigError: a count below 1, a number below 0 that must not be, a rate, scale or decay that is not positive, or a share
+        that is none; names the key.
     """
     for key, value in flatten(config.to_dict()).items():
         if key.startswith("task.options."):
@@ -69,6 +88,8 @@ def check(config: ml_collections.ConfigDict) -> None:
             raise ConfigError(f"config.{key} must be at least {least}, not {value}")
         if name in _POSITIVE and value <= 0:
             raise ConfigError(f"config.{key} must be greater than 0, not {value}")
+        if name == "warmup" and not 0 <= value < 1:
+            raise ConfigError(f"config.{key} must be at least 0 and below 1, a share of the steps, not {value}")
 
 
 def require(config: ml_collections.ConfigDict, *keys: str) -> None:
@@ -101,7 +122,11 @@ def optimizer(config: ml_collections.ConfigDict, updates: int = 1) -> optax.Grad
     c = config.optimizer
     schedule = choose("optimizer.schedule", c.schedule, SCHEDULES)(c, config.steps)
     by_step = schedule if updates == 1 else lambda count: schedule(count / updates)
-    return choose("optimizer.name", c.name, OPTIMIZERS)(by_step)
+    make = choose("optimizer.name", c.name, OPTIMIZERS)
+    try:
+        return make(by_step, **c.options.to_dict())
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"config.optimizer.options do not fit {c.name}: {error}") from error
 
 
 def strategy(config: ml_collections.ConfigDict, rules: tuple[tuple[str, str], ...] = ()) -> eggroll.Strategy:

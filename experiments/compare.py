@@ -10,7 +10,7 @@ complete are not repeated, unless the config has changed since: that is an error
 scored, in how much work and time, and its curve) and OUT.png: one row of panels per config file, against work and against
 seconds. Without arguments: EGGROLL, OpenES and PPO on CartPole and Pendulum, about 8 minutes on 2 CPU cores.
 
-    --rows=gradient.staleness           a row of panels per value of this key of the config
+    --rows=gradient.staleness           a row of panels per value of this key of the config, not per config file
     --panels step:eval_reward step:ess  X:Y of the panels in a row; Y is in OUT.json, too
     --reach=0.9                         OUT.json has the step, work, completions and seconds at which each run came so far
     --budget seconds:120 tokens:1e6     OUT.json has what each run scored last before it had spent more than that
@@ -36,7 +36,8 @@ DEFAULT = tuple(
     for env in ("cartpole", "pendulum")
     for variant in ("", ":eggroll_independent", ":eggroll_rank4", ":openes", ":ppo")
 )
-_METRICS = ("eval_return", "test_accuracy")  # of the mean parameters; a run has one of them
+_METRICS = ("eval_return", "test_accuracy", "test_bits")  # of the mean parameters; a run has one of them
+_LOWER_IS_BETTER = ("test_bits",)
 _UNITS = ("env_steps", "examples", "tokens")
 _CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 _NAMES = {"eggroll": "EGGROLL", "openes": "OpenES", "ppo": "PPO", "backprop": "backprop"}
@@ -98,6 +99,10 @@ def name(settings: dict[str, Any]) -> str:
     """What a resolved, flat config is called: its method, and what tells variants of it apart."""
     method = settings["method"]
     title = _NAMES.get(method, method.replace("_", " "))
+    if method == "backprop" and settings["optimizer.name"] != "adam":
+        start = "optimizer.options."
+        options = [f"{key.removeprefix(start)} {value}" for key, value in settings.items() if key.startswith(start)]
+        title = " ".join([settings["optimizer.name"].replace("_", " "), *options])
     if method == "eggroll":
         title += f", {settings['es.population']}, rank {settings['es.rank']}"
     for key, usual in (("selection.name", "uniform"), ("replay.name", "none")):
@@ -116,9 +121,10 @@ def measured(data: plot.RunData) -> tuple[str, str]:
 
 
 def reached(data: plot.RunData, least: float) -> dict[str, float] | None:
-    """Where the mean parameters first scored so much: step, work, seconds; None if they never did."""
+    """Where the mean parameters first scored so well: step, work, seconds; None if they never did."""
     metric, unit = measured(data)
-    step = next((n for n, score in sorted(data.columns[metric].items()) if score >= least), None)
+    sign = -1 if metric in _LOWER_IS_BETTER else 1
+    step = next((n for n, score in sorted(data.columns[metric].items()) if sign * score >= sign * least), None)
     known = [column for column in (unit, "completions", "seconds") if column in data.columns]
     return None if step is None else {"step": step} | {column: data.columns[column][step] for column in known}
 
@@ -173,19 +179,19 @@ def panels(group: Sequence[Finished], axes: Sequence[tuple[str, str]] = (), key:
 
 
 def grouped(finished: Sequence[Finished], key: str = "") -> list[list[Finished]]:
-    """The rows of panels: of one config file, and of one value of the key.
+    """The rows of panels: of one config file, or of one value of the key.
 
     Raises:
       rl.config.ConfigError: a config without the key.
     """
-    out: dict[tuple[str, str], list[Finished]] = {}
+    out: dict[str, list[Finished]] = {}
     for one in finished:
         config = one.runs[0].config
         if key and key not in config:
             raise config_lib.ConfigError(
                 f"--rows={key} must be a key of every config; {one.config} has none of that name"
             )
-        out.setdefault((one.config.partition(":")[0], str(config.get(key))), []).append(one)
+        out.setdefault(str(config[key]) if key else one.config.partition(":")[0], []).append(one)
     return list(out.values())
 
 

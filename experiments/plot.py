@@ -18,7 +18,8 @@ import numpy as np
 from rl import config as config_lib
 
 _MOST_KEYS = 3  # of a config, in a label
-_PREFERRED = ("eval_return", "return_mean", "fitness_mean")  # the first that a run has is drawn
+# The first that a run has is drawn.
+_PREFERRED = ("eval_return", "test_accuracy", "test_bits", "return_mean", "fitness_mean")
 
 
 class PlotError(ValueError):
@@ -30,7 +31,7 @@ class RunData(NamedTuple):
 
     path: Path
     config: dict[str, Any]  # flat: dotted key to value
-    columns: dict[str, dict[int, float]]  # name to {step: value}; metrics and timing together
+    columns: dict[str, dict[int, float]]  # name to {step: value}; metrics, timing, and at the last step the result
 
 
 class Curve(NamedTuple):
@@ -65,7 +66,14 @@ def read_run(path: str | Path) -> RunData:
         for step, row in rows.items():
             for key, value in row.items():
                 columns.setdefault(key, {})[step] = value
+    for key, value in _read_result(path / "result.json").items():
+        if key not in columns and isinstance(value, int | float):
+            columns[key] = {max(metrics): value}
     return RunData(path, config, columns)
+
+
+def _read_result(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def group_runs(runs: Sequence[RunData]) -> list[list[RunData]]:
@@ -156,7 +164,9 @@ def draw_grid(panels: Sequence[Sequence[Panel]], out: str | Path, size) -> None:
                 label = f"{curve.label} ({curve.runs} seeds)" if curve.runs > 1 else curve.label
                 marker = "o" if len(curve.x) == 1 else None  # a line needs two points to be seen
                 (line,) = axes.plot(curve.x, curve.mean, label=label, linewidth=1.5, marker=marker)
-                if curve.runs > 1:
+                if curve.runs > 1 and len(curve.x) == 1:
+                    axes.vlines(curve.x, curve.low, curve.high, color=line.get_color(), alpha=0.5)
+                elif curve.runs > 1:
                     axes.fill_between(curve.x, curve.low, curve.high, color=line.get_color(), alpha=0.2, linewidth=0)
             axes.set(xlabel={"seconds": "wall-clock seconds"}.get(x, x.replace("_", " ")), ylabel=y.replace("_", " "))
             axes.set_title(title)

@@ -215,7 +215,7 @@ class Run:
 
         Args:
           measure: what the score is, in words.
-          score: higher is better.
+          score: higher is better, unless it measures an error.
           **details: further JSON values.
 
         Returns:

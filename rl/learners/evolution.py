@@ -33,9 +33,11 @@ def learner(es: eggroll.Strategy, fitness: Fitness, key: jax.Array, *, common: b
 
     def plan(state: eggroll.State) -> str:
         drawn = jax.eval_shape(es.draw, state)
-        own = tree_bytes((state.params, state.master, state.opt_state)) / 2**20
-        noise = tree_bytes((drawn.lefts, drawn.rights)) / 2**20
-        return f"state {own:.1f} MiB, noise {noise:.1f} MiB"
+        mib = lambda *trees: f"{tree_bytes(trees) / 2**20:.1f} MiB"
+        return (
+            f"parameters {mib(state.params, state.master)}, optimizer {mib(state.opt_state)}, "
+            f"noise {mib(drawn.lefts, drawn.rights)}"
+        )
 
     return Learner(
         members=members,

@@ -18,7 +18,7 @@ from jax import Array
 
 import eggroll.estimate
 from rl import estimate as estimates
-from rl import lora
+from rl import lora, optim
 from rl.data import packing
 from rl.data.replay import Groups, join
 from rl.learners import credit as credits
@@ -97,7 +97,7 @@ def learner(
         weights=weights,
         mean=lambda state: state.params if state.base is None else merged(state.base, state.params),
         learn=step.learn,
-        plan=lambda state: _plan(state, functools.partial(_activations, model, settings, shape)),
+        plan=lambda state: _plan(optimizer, state, functools.partial(_activations, model, settings, shape)),
         record_experts=settings.routing == "r3",
     )
 
@@ -332,13 +332,13 @@ def _activations(model: LanguageModel, settings: Settings, shape: packing.Shape,
     return estimates.activation_bytes(model, state.params, settings.objective, shape, merge=merge)
 
 
-def _plan(state: State, activations: Callable[[State], int]) -> str:
-    mib = lambda *trees: tree_bytes(trees) / 2**20
+def _plan(optimizer: optax.GradientTransformation, state: State, activations: Callable[[State], int]) -> str:
+    mib = lambda *trees: f"{tree_bytes(trees) / 2**20:.1f} MiB"
     parts = {
         "parameters": mib(state.params, state.master, state.base),
         "gradients": mib(jax.eval_shape(estimates.wide_zeros, state.params)),
-        "optimizer": mib(state.opt_state),
+        "optimizer": str(optim.report(optimizer, eggroll.estimate.masters(state.params, state.master))),
         "older policies": mib(state.history, state.reference, state.previous),
     }
-    held = ", ".join(f"{name} {size:.1f} MiB" for name, size in parts.items() if size)
+    held = ", ".join(f"{name} {size}" for name, size in parts.items() if not size.startswith("0.0 MiB"))
     return f"{held}, activations about {activations(state) / 2**20:.1f} MiB (config.gradient.tokens)"

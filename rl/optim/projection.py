@@ -1,0 +1,245 @@
+"""Projections of gradients: the part that an optimizer with memory sees, and how its steps become steps of the weights.
+
+For a matrix G [m, n] (every matrix of a stack by itself), density rho:
+
+| name        | small                                   | shape                   | stored            |
+|-------------|-----------------------------------------|-------------------------|-------------------|
+| columns     | G[:, J], J a random subset              | m x floor(rho n)        | nothing           |
+| rows        | G[J, :]                                 | floor(rho m) x n        | nothing           |
+| permutation | columns or rows of the shorter side     | round(rho min) instead  | nothing           |
+| randk       | G[I], I random coordinates              | floor(rho m n)          | I, i32            |
+| svd         | G Q or Q^T G, Q the top singular vectors | m x r or r x n          | Q, r = round(rho min) |
+| random      | the same, Q random with Q^T Q = 1       | the same                | Q                 |
+
+J depends on (seed, window, path) alone and is computed anew in every step, where a window is the time between two refreshes.
+svd and random project the shorter side, as GaLore does ("short"), or "long", "left" (rows), "right" (columns).
+"block", which takes whole tensors, is `rl.optim.blocks`. Source: Zmushko et al., FRUGAL, arXiv 2411.07837.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from rl.optim import groups
+
+Free = Callable[[Array], Array] | None
+
+
+class Projection(NamedTuple):
+    """Functions of trees; `window` is i32, the number of refreshes before the last one.
+
+    Attributes:
+        init: params -> stored, a dict of arrays.
+        zeros: params -> small, of zeros.
+        renew: (stored, window, gradients) -> stored for the window.
+        down: (stored, window, gradients) -> small.
+        join: (stored, window, small, gradients, down(gradients), free) -> updates: `small` lifted to the weights, plus
+            `free` of what of the gradients is not in the projection (None: zero).
+    """
+
+    init: Callable[[Any], dict[str, Array]]
+    zeros: Callable[[Any], Any]
+    renew: Callable[..., dict[str, Array]]
+    down: Callable[..., Any]
+    join: Callable[..., Any]
+
+
+class _Matrix(NamedTuple):
+    """A projection of one matrix.
+
+    Attributes:
+        shapes: (m, n) -> (shape of small, (shape, dtype) of what is stored or None).
+        renew: (key, G) -> stored.
+        down: (stored, key, G) -> small.
+        join: as of `Projection`, with a key in the window's place.
+    """
+
+    shapes: Callable
+    renew: Callable | None
+    down: Callable
+    join: Callable
+
+
+def columns(density: float, seed: int = 0) -> Projection:
+    """floor(density n) random columns."""
+    return _lifted(_subset(lambda m, n: 1, lambda size: _floor(density * size)), seed)
+
+
+def rows(density: float, seed: int = 0) -> Projection:
+    """floor(density m) random rows."""
+    return _lifted(_subset(lambda m, n: 0, lambda size: _floor(density * size)), seed)
+
+
+def permutation(density: float, seed: int = 0) -> Projection:
+    """round(density min(m, n)) columns or rows of the shorter side: the projection by part of a permutation matrix."""
+    return _lifted(_subset(lambda m, n: int(n <= m), lambda size: round(density * size)), seed)
+
+
+def randk(density: float, seed: int = 0) -> Projection:
+    """floor(density m n) random coordinates, whose numbers are stored."""
+    count = lambda m, n: _floor(density * m * n)
+
+    def shapes(m, n):
+        return (count(m, n),), ((count(m, n),), jnp.int32)
+
+    def renew(key, gradient):
+        return _choose(key, gradient.size, count(*gradient.shape))
+
+    def down(stored, key, gradient):
+        return gradient.reshape(-1)[stored]
+
+    def join(stored, key, small, gradient, projected, free):
+        rest = jnp.zeros_like(gradient) if free is None else free(gradient)
+        set_ = rest.reshape(-1).at[stored].set(small, unique_indices=True, indices_are_sorted=True)
+        return set_.reshape(gradient.shape)
+
+    return _lifted(_Matrix(shapes, renew, down, join), seed)
+
+
+def svd(rank: Callable[[int], int], side: str = "short", seed: int = 0) -> Projection:
+    """Top singular vectors of the gradient at the refresh; `rank` is a function of the smaller side."""
+
+    def basis(key, gradient, right, size):
+        u, _, vh = jnp.linalg.svd(gradient, full_matrices=False)
+        return vh[:size].T if right else u[:, :size]
+
+    return _lifted(_dense(rank, side, basis), seed, rank)
+
+
+def random(rank: Callable[[int], int], side: str = "short", seed: int = 0) -> Projection:
+    """A random semi-orthogonal basis."""
+
+    def basis(key, gradient, right, size):
+        length = gradient.shape[1 if right else 0]
+        return jnp.linalg.qr(jax.random.normal(key, (length, size), gradient.dtype))[0]
+
+    return _lifted(_dense(rank, side, basis), seed, rank)
+
+
+_SIDES = {
+    "short": lambda m, n: n <= m,
+    "long": lambda m, n: n > m,
+    "left": lambda m, n: False,
+    "right": lambda m, n: True,
+}
+
+
+def right_side(side: str) -> Callable[[int, int], bool]:
+    """(m, n) -> whether columns are projected (G Q) rather than rows (Q^T G); equal sides count n as the shorter one."""
+    return groups.choose("side", side, _SIDES)
+
+
+def product(a: Array, b: Array) -> Array:
+    """a @ b in full precision."""
+    return jnp.matmul(a, b, precision="highest")
+
+
+def _floor(size: float) -> int:
+    return int(size + 1e-9)  # 0.29 * 100 is below 29 in binary
+
+
+def _choose(key: Array, size: int, count: int) -> Array:
+    return jnp.sort(jax.random.permutation(key, size)[:count]).astype(jnp.int32)
+
+
+def _subset(axis_of: Callable[[int, int], int], count_of: Callable[[int], int]) -> _Matrix:
+    def chosen(key, shape):
+        axis = axis_of(*shape)
+        return axis, shape[axis], count_of(shape[axis])
+
+    def shapes(m, n):
+        axis, _, count = chosen(None, (m, n))
+        return ((m, count) if axis else (count, n)), None
+
+    def down(stored, key, gradient):
+        axis, size, count = chosen(key, gradient.shape)
+        return gradient if count == size else jnp.take(gradient, _choose(key, size, count), axis, mode="clip")
+
+    def join(stored, key, small, gradient, projected, free):
+        axis, size, count = chosen(key, gradient.shape)
+        rest = jnp.zeros_like(gradient) if free is None else free(gradient)
+        if count in (0, size):
+            return small if count else rest
+        place = jnp.full(size, -1).at[_choose(key, size, count)].set(jnp.arange(count))
+        taken = jnp.take(small, jnp.maximum(place, 0), axis, mode="clip")
+        return jnp.where(jnp.expand_dims(place >= 0, 1 - axis), taken, rest)
+
+    return _Matrix(shapes, None, down, join)
+
+
+def _dense(rank: Callable[[int], int], side: str, basis: Callable) -> _Matrix:
+    right_of = right_side(side)
+
+    def shapes(m, n):
+        right, size = right_of(m, n), rank(min(m, n))
+        return ((m, size) if right else (size, n)), ((n if right else m, size), None)
+
+    def renew(key, gradient):
+        return basis(key, gradient, right_of(*gradient.shape), rank(min(gradient.shape)))
+
+    def down(stored, key, gradient):
+        return product(gradient, stored) if right_of(*gradient.shape) else product(stored.T, gradient)
+
+    def up(stored, small, shape):
+        return product(small, stored.T) if right_of(*shape) else product(stored, small)
+
+    def join(stored, key, small, gradient, projected, free):
+        lifted = up(stored, small, gradient.shape)
+        if free is None or stored.shape[1] == min(gradient.shape):  # nothing is left but rounding
+            return lifted
+        return lifted + free(gradient - up(stored, projected, gradient.shape))
+
+    return _Matrix(shapes, renew, down, join)
+
+
+def _lifted(matrix: _Matrix, seed: int, rank: Callable[[int], int] | None = None) -> Projection:
+    """The projection of every leaf of a tree, by that of one matrix."""
+
+    def shapes(path, leaf):
+        groups.check_rank(path, leaf, rank(min(leaf.shape[-2:])) if rank and leaf.ndim > 1 else 0)
+        *lead, m, n = leaf.shape
+        small, kept = matrix.shapes(m, n)
+        return (*lead, *small), kept and ((*lead, *kept[0]), kept[1] or leaf.dtype)
+
+    def keys(path, window, leaf):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), window), groups.seed_word(path))
+        return jax.random.split(key, leaf.shape[:-2]) if leaf.ndim > 2 else key
+
+    def each(fn, gradients, *trees):
+        rest = [jax.tree.leaves(tree) for tree in trees]
+        outs = [fn(path, leaf, *(x[i] for x in rest)) for i, (path, leaf) in enumerate(groups.leaves(gradients))]
+        return jax.tree.unflatten(jax.tree.structure(gradients), outs)
+
+    def init(params):
+        kept = {path: shapes(path, leaf)[1] for path, leaf in groups.leaves(params)}
+        return {path: jnp.zeros(*x) for path, x in kept.items() if x}
+
+    def zeros(params):
+        return each(lambda path, leaf: jnp.zeros(shapes(path, leaf)[0], leaf.dtype), params)
+
+    def renew(stored, window, gradients):
+        if matrix.renew is None:
+            return stored
+        make = lambda path, leaf: groups.over_stack(matrix.renew, leaf.ndim - 2)(keys(path, window, leaf), leaf)
+        return {path: make(path, leaf) for path, leaf in groups.leaves(gradients)}
+
+    def down(stored, window, gradients):
+        def one(path, leaf):
+            keep = stored.get(path, keys(path, window, leaf))  # a subset stores nothing and reads its key
+            return groups.over_stack(matrix.down, leaf.ndim - 2)(keep, keys(path, window, leaf), leaf)
+
+        return each(one, gradients)
+
+    def join(stored, window, small, gradients, projected, free):
+        def one(path, leaf, small, projected):
+            fn = groups.over_stack(functools.partial(matrix.join, free=free), leaf.ndim - 2)
+            key = keys(path, window, leaf)
+            return fn(stored.get(path, key), key, small, leaf, projected)
+
+        return each(one, gradients, small, projected)
+
+    return Projection(init, zeros, renew, down, join)
