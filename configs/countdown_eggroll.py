@@ -17,7 +17,14 @@ from configs.language import language
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """The recipe; variants as in the table above."""
-    return pick(variant, {"transformer": _transformer, "rwkv7": _rwkv7})
+    return pick(variant, {"transformer": _transformer, "rwkv7": _rwkv7, "frugal": _frugal})
+
+
+def use_frugal(config: ml_collections.ConfigDict) -> None:
+    """FRUGAL in Adam's place: a quarter of the matrices has moments, 20 steps at a time, the others move by sign."""
+    config.optimizer.name = "frugal"
+    with config.optimizer.unlocked():
+        config.optimizer.options = {"density": 0.25, "every": 20, "free_scale": 0.1}
 
 
 def _transformer() -> ml_collections.ConfigDict:
@@ -33,6 +40,12 @@ def _transformer() -> ml_collections.ConfigDict:
     config.warm_start.update({"examples": 8192, "steps": 500})
     config.engine.update({"slots": 1024, "chunk": 8, "bucket": 12})
     config.eval_problems = 2048
+    return config
+
+
+def _frugal() -> ml_collections.ConfigDict:
+    config = _transformer()
+    use_frugal(config)
     return config
 
 

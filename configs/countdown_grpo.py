@@ -29,10 +29,12 @@ from rl.objectives.presets import PRESETS
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """The recipe; GRPO without KL by default."""
-    special = {"dapo": _dapo, "vcpo": _vcpo, "remix": _remix, "dots_rr": _dots_rr, "eggroll": _eggroll}
-    return pick(
-        variant, {name: special.get(name, lambda name=name: _base(name)) for name in ("grpo", *PRESETS, "eggroll")}
-    )
+    special = {
+        **{"dapo": _dapo, "vcpo": _vcpo, "remix": _remix, "dots_rr": _dots_rr, "eggroll": _eggroll, "frugal": _frugal},
+        "eggroll_frugal": lambda: _eggroll("frugal"),
+    }
+    plain = {name: lambda name=name: _base(name) for name in ("grpo", *PRESETS)}
+    return pick(variant, plain | special)
 
 
 def _base(method: str) -> ml_collections.ConfigDict:
@@ -83,9 +85,16 @@ def _dots_rr() -> ml_collections.ConfigDict:
     return config
 
 
-def _eggroll() -> ml_collections.ConfigDict:
+def _frugal() -> ml_collections.ConfigDict:
+    """GRPO with FRUGAL in Adam's place."""
+    config = _base("grpo")
+    countdown_eggroll.use_frugal(config)
+    return config
+
+
+def _eggroll(variant: str = "") -> ml_collections.ConfigDict:
     """Evolution from the same warm start on the same problems, looked at more often."""
-    config = countdown_eggroll.get_config().copy_and_resolve_references()
+    config = countdown_eggroll.get_config(variant).copy_and_resolve_references()
     with config.unlocked():
         config.eval_every = 4
     return config

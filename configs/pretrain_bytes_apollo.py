@@ -13,4 +13,4 @@ from configs.pretrain_bytes import pretrain_bytes
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """The recipe."""
-    return pick(variant, {"apollo": lambda: pretrain_bytes("apollo", 3e-3, rank=32, every=50)})
+    return pick(variant, {"apollo": lambda: pretrain_bytes("apollo", 2.4e-2, rank=32, every=50)})

@@ -13,4 +13,4 @@ from configs.pretrain_bytes import pretrain_bytes
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """The recipe."""
-    return pick(variant, {"fira": lambda: pretrain_bytes("fira", 3e-3, rank=32, every=50)})
+    return pick(variant, {"fira": lambda: pretrain_bytes("fira", 2.4e-2, rank=32, every=50)})

@@ -18,4 +18,4 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
 
 def _frugal(density: float) -> ml_collections.ConfigDict:
-    return pretrain_bytes("frugal", 3e-3, density=density, every=50)
+    return pretrain_bytes("frugal", 2e-3, density=density, every=50)

@@ -99,12 +99,13 @@ def name(settings: dict[str, Any]) -> str:
     """What a resolved, flat config is called: its method, and what tells variants of it apart."""
     method = settings["method"]
     title = _NAMES.get(method, method.replace("_", " "))
-    if method == "backprop" and settings["optimizer.name"] != "adam":
-        start = "optimizer.options."
-        options = [f"{key.removeprefix(start)} {value}" for key, value in settings.items() if key.startswith(start)]
-        title = " ".join([settings["optimizer.name"].replace("_", " "), *options])
     if method == "eggroll":
         title += f", {settings['es.population']}, rank {settings['es.rank']}"
+    if settings.get("optimizer.name", "adam") != "adam":
+        start = "optimizer.options."
+        options = [f"{key.removeprefix(start)} {value}" for key, value in settings.items() if key.startswith(start)]
+        other = " ".join([settings["optimizer.name"].replace("_", " "), *options])
+        title = other if method == "backprop" else f"{title}, {other}"
     for key, usual in (("selection.name", "uniform"), ("replay.name", "none")):
         if settings.get(key, usual) != usual:
             title += f", {settings[key]} {key.partition('.')[0]}"

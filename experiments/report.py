@@ -11,7 +11,7 @@ from rl.objectives.presets import PRESETS
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
 BUDGETS = ("seconds:66", "tokens:870000")  # of the comparison on countdown
-FILES = ("compare", "recipes", "language", "countdown", "bandit")  # of the methods
+FILES = ("compare", "recipes", "language", "countdown", "frugal", "bandit")  # of the methods
 _FILES = {
     "eggroll": "eggroll/strategy.py",
     "openes": "eggroll/strategy.py",
@@ -23,6 +23,7 @@ _HEADERS = {
     "countdown": ("method", "before", *(f"within {x.replace(':', ' ')}" for x in BUDGETS), "at the end"),
     "staleness": ("method", "k = 0", "k = 4", "k = 16", "k = 64"),
     "selection": ("prompts", "at the end", "steps to 10 %", "completions", "seconds"),
+    "pretrain": ("optimizer", "file", "config", "bytes of state", "held-out bits per byte", "training time"),
     "bench": ("case", "setting", "measure", "value"),
 }
 
@@ -84,6 +85,20 @@ def selection() -> list[str]:
     return lines
 
 
+def pretrain() -> list[str]:
+    """Held-out bits per byte and state of every optimizer, fewest bits first."""
+    groups = sorted(_by_config("pretrain").values(), key=lambda rows: statistics.median(row["score"] for row in rows))
+    lines = []
+    for rows in groups:
+        name = rows[0]["name"].partition(" ")[0]
+        file = f"rl/optim/{name}.py" if (ROOT / "rl" / "optim" / f"{name}.py").is_file() else "optax"
+        lines.append(
+            f"| {rows[0]['name']} | `{file}` | `{rows[0]['config']}` | {rows[0]['optimizer_bytes']:,} | "
+            f"{_median_of([row['score'] for row in rows])} | {statistics.median(row['seconds'] for row in rows):.0f} s |"
+        )
+    return lines
+
+
 def _by_config(file: str) -> dict[str, list[dict]]:
     """The rows of a comparison, seed by seed."""
     groups: dict[str, list[dict]] = {}
@@ -109,7 +124,7 @@ def bench() -> list[str]:
 
 def tables() -> dict[str, list[str]]:
     """Name -> rows of every table of the README."""
-    made = (methods, countdown, staleness, selection, bench)
+    made = (methods, countdown, staleness, selection, pretrain, bench)
     return {make.__name__: make() for make in made}
 
 

@@ -29,8 +29,17 @@ compared are compiled, warmed up, and then timed in turn, round after round; a v
   first, and `ours_over_tuned`, one tuned for a CPU (`twins.py` says how). A step is rollout, reward, log-probabilities of the
   reference, and update; each is also timed alone, on fixed samples. `full_over_ours_bytes`: temporary memory that scoring
   with a vocabulary of 32,768 is compiled to use, from logits of all tokens, over ours.
+
+`optimizers`:
+
+* optimizer, `step_over_adamw`: seconds of an update of a transformer's parameters, applied, over those of `optax.adamw`, by
+  every optimizer of `rl.optim` and a few of optax; in steps without a refresh. `refresh_over_adamw` is that of a step with one,
+  where there are any: of singular vectors and random coordinates, which take longest, once, on a layer alone
+  (`refresh_layers`) and not at the largest width, which has no Muon either. `state_over_adamw`: bytes of state;
+  `memory_over_adamw`: of state and temporary memory, to which a program is compiled also for steps with a refresh (AdamW's own
+  temporary memory is nothing: it is one loop).
 """
 
-from experiments.bench import evolution, gradient, language
+from experiments.bench import evolution, gradient, language, optimizers
 
-CASES = evolution.CASES | language.CASES | gradient.CASES
+CASES = evolution.CASES | language.CASES | gradient.CASES | optimizers.CASES

@@ -77,7 +77,8 @@ def scale_by_ldadam(
         total = total.T if right else total
         last1, last2 = 1 - b1 ** (t - 1), 1 - b2 ** (t - 1)  # of the last step; 0 in the first, when moments are 0
         mean, square = mu / jnp.where(t > 1, last1, 1), nu / jnp.where(t > 1, last2, 1)
-        mixed = rho * product(basis, mean) + (1 - rho) * total
+        lifted = product(basis, mu)
+        mixed = rho * lifted / jnp.where(t > 1, last1, 1) + (1 - rho) * total
         new = jnp.linalg.qr(product(mixed, product(mixed.T, basis)))[0]
         change = product(new.T, basis)
         moved = product(change, mu)
@@ -85,7 +86,8 @@ def scale_by_ldadam(
         low = product(new.T, total)
         left = None
         if error is not None:
-            left = total - product(new, low) + b1 / (1 - b1) * (product(basis, mu) - product(new, moved))
+            ratio = b1 / (1 - b1)
+            left = total + ratio * lifted - product(new, low + ratio * moved)
             left = left.T if right else left
         mu, nu = b1 * moved + (1 - b1) * low, b2 * nu + (1 - b2) * low**2
         out = product(new, (mu / (1 - b1**t)) / (jnp.sqrt(nu / (1 - b2**t)) + eps))

@@ -14,6 +14,9 @@ from rl import checkpoint, optim
 from tests.rl.optim.cases import MAKERS, stack, stepper, tree
 
 every = pytest.mark.parametrize("name", MAKERS)
+# one of each kind
+KINDS = ("frugal_block", "frugal_columns", "frugal_svd", "badam", "fira", "apollo", "ldadam", "adam_mini", "adam8bit")
+each_kind = pytest.mark.parametrize("name", KINDS)
 copied = lambda tree: jax.tree.map(jnp.copy, tree)
 
 
@@ -99,19 +102,24 @@ def test_a_restart_in_the_middle_of_a_window_changes_nothing(name, tmp_path):
 
 @every
 def test_half_precision_keeps_f32_state_and_its_own_updates(name):
-    tx = MAKERS[name](1e-2)
-    half = tree(dtype=jnp.bfloat16)
+    tx, half = MAKERS[name](1e-2), tree(dtype=jnp.bfloat16)
     state = tx.init(half)
-    wide = [x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
-    assert set(wide) <= {jnp.dtype("float32")}
-    updates, _ = jax.jit(tx.update)(tree(1, dtype=jnp.bfloat16), state, half)
+    assert not {x.dtype for x in jax.tree.leaves(state)} - {jnp.dtype(x) for x in ("float32", "int32", "uint8")}
+    updates, after = jax.eval_shape(tx.update, half, state, half)
     assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype("bfloat16")}
+    assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
+
+
+@each_kind
+def test_half_precision_makes_the_steps_of_full_precision_rounded(name):
+    tx, half, gradient = MAKERS[name](1e-2), tree(dtype=jnp.bfloat16), tree(1, dtype=jnp.bfloat16)
     wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
-    after, _ = stepper(name)[1](wide(tree(1, dtype=jnp.bfloat16)), tx.init(wide(half)), wide(half))
+    updates, _ = jax.jit(tx.update)(gradient, tx.init(half), half)
+    after, _ = stepper(name)[1](wide(gradient), tx.init(wide(half)), wide(half))
     close(wide(updates), jax.tree.map(jnp.subtract, after, wide(half)), rtol=1e-2, atol=1e-4)
 
 
-@every
+@each_kind
 def test_accumulated_gradients_make_the_step_of_their_mean(name):
     tx, step = stepper(name)
     several = optax.MultiSteps(tx, 2)
@@ -124,7 +132,7 @@ def test_accumulated_gradients_make_the_step_of_their_mean(name):
     close(optax.apply_updates(params, updates), after, rtol=2e-5, atol=2e-6)
 
 
-@every
+@each_kind
 def test_injected_learning_rates_act_at_once(name):
     static = (
         "density",
@@ -180,11 +188,10 @@ def test_it_takes_the_estimates_of_evolution(name):
     assert gradient(params, 0)[1] < 0.95 * before
 
 
-SPREAD = ("frugal_block", "frugal_columns", "frugal_svd", "badam", "fira", "apollo", "ldadam", "adam_mini", "adam8bit")
 STACKED = ("frugal_block", "frugal_columns", "badam")
 
 
-@pytest.mark.parametrize(("name", "make"), [*((name, tree) for name in SPREAD), *((name, stack) for name in STACKED)])
+@pytest.mark.parametrize(("name", "make"), [*((name, tree) for name in KINDS), *((name, stack) for name in STACKED)])
 def test_eight_devices_give_the_result_of_one_and_state_is_laid_out_as_the_parameters(name, make):
     tx, step = stepper(name)
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("a", "b"))
