@@ -30,9 +30,9 @@ def words(method: str, steps: int = 250) -> ml_collections.ConfigDict:
     letters = 4 if method == "eggroll" else 8
     shared = {"task_options": {"letters": letters, "length": (1, 3), "partial": 0.5, "forbidden": ""}, "budget": 3}
     if method == "eggroll":
-        config = language("cipher", steps=150, es_changes={"members": 512, "sigma": 0.1}, learning_rate=0.02, **shared)
+        config = language("cipher", steps=150, es_changes={"members": 256, "sigma": 0.1}, learning_rate=0.02, **shared)
         # greedy answers have plateaus, where no perturbation changes one; drawn ones do not
-        config.prompts, config.sampling.temperature = 16, 1.0
+        config.prompts, config.sampling.temperature = 24, 1.0
     else:
         config = policy_gradient("cipher", method, steps=steps, samples=8, learning_rate=3e-3, **shared)
         config.prompts, config.gradient.tokens = 64, 4096
@@ -47,7 +47,7 @@ def words(method: str, steps: int = 250) -> ml_collections.ConfigDict:
 
 
 def _dapo(config: ml_collections.ConfigDict) -> None:
-    config.refills, config.gradient.informative_only = 3, True
+    config.refills, config.gradient.informative_only, config.samples = 3, True, 12
 
 
 def _vcpo(config: ml_collections.ConfigDict) -> None:
