@@ -150,14 +150,16 @@ def active(family: Family, order: str, window: Array, seed: int) -> Array:
 
 
 def gather(family: Family, leaves: Sequence[Array], ids: Array) -> Array:
-    """The tensors of these numbers, [slots, *shape]."""
+    """The tensors of these numbers, [slots, *shape]: each is copied once, the inactive ones are not touched."""
     stacks = [leaves[member.leaf].reshape(-1, *family.shape) for member in family.members]
     if len(stacks) == 1:
         return jnp.take(stacks[0], ids, axis=0, mode="clip")
-    owner = np.repeat(np.arange(len(stacks)), [len(stack) for stack in stacks])
-    place = np.concatenate([np.arange(len(stack)) for stack in stacks])
-    branches = [lambda i, stack=stack: lax.dynamic_index_in_dim(stack, i, keepdims=False) for stack in stacks]
-    return lax.map(lambda i: lax.switch(jnp.asarray(owner)[i], branches, jnp.asarray(place)[i]), ids)
+    slot = jnp.full(family.size, -1).at[ids].set(jnp.arange(family.slots))
+    out = jnp.zeros((family.slots, *family.shape), stacks[0].dtype)
+    for i, tensor in enumerate(tensor for stack in stacks for tensor in stack):
+        place = lambda out, tensor=tensor, i=i: lax.dynamic_update_index_in_dim(out, tensor, slot[i], 0)
+        out = lax.cond(slot[i] >= 0, place, lambda out: out, out)
+    return out
 
 
 def scatter(family: Family, member: Member, leaf: Array, ids: Array, slots: Array, rest: Array) -> Array:
