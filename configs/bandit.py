@@ -5,9 +5,9 @@
 
 No warm start: a policy of random weights finds out from rewards alone what becomes of each letter and where to look it up.
 Every method of `rl.objectives.presets` is a variant, on an alphabet of 8 letters, and `eggroll`, on one of 4. The optimum is
-100 % of words that were never trained on. With seed 0, on one CPU core, every method reaches it, 15 to 48 s after the start,
-but two: `adora` ends at 89.6 %, perhaps because answers of one length are attenuated, and `eggroll` at 50 % after 53 s.
-At the last step of a constant learning rate some are a word or two below the optimum they had reached (91.7, 95.8, 97.9 %).
+100 % of words that were never trained on. With seed 0, on one CPU core, every method reaches it, 16 to 48 s after the start. At
+the last step of a constant learning rate some are a word or two below the optimum they had reached (95.8, 97.9 %). Runs are
+short and at the edge of learning: another CPU rounds otherwise, and may need other seeds.
 """
 
 import ml_collections

@@ -21,7 +21,7 @@ def test_recipes_fit_the_task_and_the_model(recipe):
     config = config_lib.load(f"{report.ROOT / 'configs' / recipe}")
     setup, _ = language.set_up(config, language.task_of(config), pool=None)
     name = recipe.partition(":")[2]
-    assert setup.learner.members == (512 if name == "eggroll" else 0)
+    assert setup.learner.members == (256 if name == "eggroll" else 0)
     assert not {problem.id for problem in setup.test.problems} & {problem.id for problem in setup.train.problems}
     assert setup.settings.length == 6  # three letters and the three that answer them
     if recipe.startswith("staleness"):
@@ -35,9 +35,7 @@ def test_unknown_variants_list_what_exists():
         staleness.get_config("grpo_2")
 
 
-def test_every_method_but_two_reached_the_optimum_within_a_minute():
+def test_every_method_reached_the_optimum_within_a_minute():
     results = json.loads((report.RESULTS / "bandit.json").read_text())
     assert {row["config"].partition(":")[2] for row in results} == {*PRESETS, "eggroll"}
-    missed = {row["method"] for row in results if row["reached"] is None}
-    assert missed == {"adora", "eggroll"}  # as the recipe's docstring says
-    assert all(row["reach"] == 1 and row["reached"]["seconds"] < 60 for row in results if row["reached"])
+    assert all(row["reach"] == 1 and row["reached"]["seconds"] < 60 for row in results)

@@ -63,6 +63,18 @@ def test_the_readme_example_of_the_losses_runs():
     assert (float(out.numerator), float(out.denominator)) == (pytest.approx(0, abs=1e-5), 20)
 
 
+def test_the_readme_example_of_the_optimizers_runs(capsys):
+    text = (report.ROOT / "README.md").read_text(encoding="utf-8")
+    exec(
+        compile(
+            next(e for e in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "frugal" in e), "README.md", "exec"
+        ),
+        {},
+    )  # noqa: S102
+    # 8 bytes per entry of the embedding, and of one kernel in four; three counters of 4 bytes each
+    assert capsys.readouterr().out.split(" ", 1) == ["131072", "{'full': 131076, 'split': 32776}\n"]
+
+
 @pytest.mark.parametrize("file", report.FILES)
 def test_the_docstring_of_a_recipe_has_the_measured_scores_and_its_command(file):
     for row in json.loads((report.RESULTS / f"{file}.json").read_text()):
