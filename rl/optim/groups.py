@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import NamedSharding, PartitionSpec
 
 from eggroll.noise import path_name
@@ -153,14 +152,29 @@ def sharded(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     def init(params):
         state = tx.init(params)
         own = jax.tree_util.tree_flatten_with_path(params)[0]
-        spread = lambda path, x: next((_alike(x, p) for keys, p in own if belongs(path, keys)), x)
+
+        def spread(path, x):
+            found = owner(path, own)
+            return x if found is None else _alike(x, found[1])
+
         return jax.tree_util.tree_map_with_path(spread, state)
 
     return optax.GradientTransformation(init, tx.update)
 
 
-def belongs(path, keys) -> bool:
-    """Whether a state array of this path is a parameter's of these keys: they end alike, or its last key is the path's name."""
+def owner(path, own):
+    """The (keys, parameter) that a state array of this path belongs to, or None.
+
+    The array's path ends with the parameter's keys, or its last key is their name; of several the longest ("a/kernel", not
+    "kernel").
+
+    Args:
+        own: from `jax.tree_util.tree_flatten_with_path(params)[0]`.
+    """
+    return max((pair for pair in own if _belongs(path, pair[0])), key=lambda pair: len(pair[0]), default=None)
+
+
+def _belongs(path, keys) -> bool:
     while path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1:] != keys[-1:]:
         path = path[:-1]  # a field of an array's own, such as its codes
     return bool(keys) and (path[-len(keys) :] == keys or path[-1:] == (jax.tree_util.DictKey(path_name(keys)),))
@@ -172,7 +186,8 @@ def _alike(x, param):
         return x
     if isinstance(x, jax.core.Tracer) or isinstance(param, jax.core.Tracer):
         like = param[tuple(slice(size) for size in x.shape[extra:])]
-        return shard_alike(jnp.broadcast_to(like, x.shape), x)[1]
+        never = jax.lax.optimization_barrier(False)  # not folded away, so the compiler lays both arms out alike
+        return jnp.where(never, like.astype(x.dtype), x)
     sharding = getattr(param, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return x

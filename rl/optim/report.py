@@ -52,11 +52,11 @@ def report(tx: optax.GradientTransformation, params: Any) -> Report:
         total += size
         group = _group(path)
         by_group[group] = by_group.get(group, 0) + size
-        keys = next((keys for keys, param in own if groups.belongs(path, keys) and x.ndim <= len(param.shape)), None)
-        if keys is None:
+        found = groups.owner(path, own)
+        if found is None or x.ndim > len(found[1].shape):
             shared += size
         else:
-            parameters[path_name(keys)] += size
+            parameters[path_name(found[0])] += size
     return Report(total, by_group, parameters, shared)
 
 

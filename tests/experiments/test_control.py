@@ -117,7 +117,7 @@ def test_published_settings_of_ppo(name):
     ("override", "message"),
     [
         ("method='a2c'", "unknown method 'a2c'; known: eggroll, openes, ppo"),
-        ("optimizer.name='lion'", "unknown optimizer.name 'lion'; known: adam, adamw, sgd"),
+        ("optimizer.name='lyon'", "unknown optimizer.name 'lyon'; known: adam, adamw, sgd, sign_sgd, lion"),
         ("es.shaping='rank'", "unknown es.shaping 'rank'; known: zscore"),
         ("es.population='grid'", "unknown es.population 'grid'; known: crossed, antithetic, independent"),
         ("es.members=17", "17 members"),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 import pytest
+from flax import nnx
 
 from rl import optim
 from tests.rl.optim.cases import tree
@@ -131,6 +132,23 @@ def test_a_report_names_groups_and_parameters():
     assert report.parameters["embed/embedding"] == 8 * 48 and report.groups["split"] == 2 * 8 * 8 * 6 + 8
     assert str(report) == "0.0 MiB (full 0.0, split 0.0)"
     assert optim.report(optax.adam(1e-3), tree()).parameters["layer_1/norm/scale"] == 64
+
+
+def test_bytes_go_to_the_parameter_of_the_longest_name():
+    params = {"kernel": jnp.ones((4, 4)), "z": {"kernel": jnp.ones((8, 8))}}
+    for tx in (optax.adam(1e-3), optim.frugal(1e-3, 1.0, projection="rows")):
+        assert optim.report(tx, params).parameters == {"kernel": 8 * 16, "z/kernel": 8 * 64}
+
+
+def test_a_flax_state_is_named_like_a_dict():
+    params = nnx.state(nnx.Linear(4, 6, rngs=nnx.Rngs(0)), nnx.Param)
+    for tx in (optim.frugal(1e-3, 0.5, projection="columns"), optim.adam8bit(1e-3, rules=(("kernel", "coded"),))):
+        state = tx.init(params)
+        report = optim.report(tx, params)
+        assert set(report.parameters) == {"kernel", "bias"} and report.parameters["bias"] == 48
+        assert report.parameters["kernel"] in (8 * 4 * 3, 2 * 24 + 2 * 4)
+        updates, _ = tx.update(params, state, params)
+        assert jax.tree.structure(updates) == jax.tree.structure(params)
 
 
 def test_nothing_is_allocated():
