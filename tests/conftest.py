@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -14,24 +15,25 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
-# Nearly every test compiles far longer than it computes. This leaves out work on machine code; tests that
-# compute long, or judge what the compiler made, are marked `optimised`.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Nearly every test compiles far longer than it computes. This leaves out work on machine code and takes the older, quicker
+# emitters. Tests that compute long, compare the bits of two programs, or judge what the compiler made are marked `optimised`
+# and run with FULL_COMPILE=1 alone: XLA reads its flags once in a process.
+FULL_COMPILE = os.environ.get("FULL_COMPILE") == "1"
+if not FULL_COMPILE:
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    if version("jaxlib").startswith("0.10.") and "xla_cpu_use_fusion_emitters" not in os.environ["XLA_FLAGS"]:
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # jaxlib 0.11 has no other emitters
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # Tracing makes objects by the million, few of them in cycles: looking for those less often saves an eighth of the time.
 gc.set_threshold(100_000, 50, 50)
 
 
-@pytest.fixture(autouse=True)
-def _optimised_tests_compile_as_users_do(request):
-    if request.node.get_closest_marker("optimised"):
-        config = sys.modules["jax"].config
-        before = config.values["jax_disable_most_optimizations"]
-        config.update("jax_disable_most_optimizations", False)
-        yield
-        config.update("jax_disable_most_optimizations", before)
-    else:
-        yield
+def pytest_collection_modifyitems(config, items):
+    """Leaves tests marked `optimised` to a process that compiles as users' programs are compiled."""
+    if not FULL_COMPILE:
+        left = [item for item in items if item.get_closest_marker("optimised")]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in set(left)]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -163,6 +163,7 @@ def test_what_the_model_leaves_in_padding_does_not_matter():
     jax.tree.map(np.testing.assert_array_equal, got, estimator(model, CLIP)(params, made())[0].gradient)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("name", ["qwen3", "rwkv7"])
 def test_the_first_update_on_policy_has_ratio_one_and_kl_zero(name):
     model, params, _ = prepared(name)

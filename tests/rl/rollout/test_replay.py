@@ -89,6 +89,7 @@ def test_the_learner_replays_what_the_sampler_recorded():
     assert 1.3 * gap(got.experts, turned) < gap(None, turned)
 
 
+@pytest.mark.optimised
 def test_one_step_with_recomputed_experts_has_the_same_gradient():
     model, params = prepared()
     ids = sequence()[0]
