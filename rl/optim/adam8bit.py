@@ -68,7 +68,7 @@ def nearest(x: Array, signed: bool) -> Array:
 
 def encode(x: Array, signed: bool) -> Coded:
     """x in 8 bits."""
-    flat = jnp.pad(x.reshape(-1), (0, -x.size % BLOCK)).reshape(-1, BLOCK)
+    flat = jnp.pad(x.astype(jnp.float32).reshape(-1), (0, -x.size % BLOCK)).reshape(-1, BLOCK)
     scale = jnp.max(jnp.abs(flat), axis=1)
     unit = flat / jnp.where(scale > 0, scale, 1)[:, None]
     return Coded(nearest(unit, signed).reshape(-1)[: x.size].reshape(x.shape), scale)
@@ -82,34 +82,43 @@ def decode(coded: Coded, signed: bool) -> Array:
 
 
 class Adam8bitState(NamedTuple):
-    """Attributes: steps made, i32; both moments, `Coded`."""
+    """Attributes: steps made, i32; codes and scales of both moments, as of `Coded`."""
 
     count: Array
     mu: Any
+    mu_scale: Any
     nu: Any
+    nu_scale: Any
 
 
 def scale_by_adam8bit(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
     """Adam's direction, with both moments in 8 bits."""
-    coded = lambda x: isinstance(x, Coded)
 
-    def zeros(signed):
+    def zeros(params, signed):
         zero = int(np.flatnonzero(BOOKS[signed] == 0)[0])
-        blank = lambda x: Coded(jnp.full_like(x, zero, jnp.uint8), jnp.zeros(-(-x.size // BLOCK), jnp.float32))
-        return lambda params: jax.tree.map(blank, params)
+        scale = lambda x: jnp.zeros(-(-x.size // BLOCK), jnp.float32)
+        return jax.tree.map(lambda x: jnp.full_like(x, zero, jnp.uint8), params), jax.tree.map(scale, params)
+
+    def plain(codes, scales, signed):
+        return jax.tree.map(lambda code, scale: decode(Coded(code, scale), signed), codes, scales)
+
+    def coded(tree, signed):
+        made = [encode(x, signed) for x in jax.tree.leaves(tree)]
+        return [
+            jax.tree.unflatten(jax.tree.structure(tree), part)
+            for part in ([x.codes for x in made], [x.scale for x in made])
+        ]
 
     def init(params):
-        return Adam8bitState(jnp.zeros((), jnp.int32), zeros(True)(params), zeros(False)(params))
+        return Adam8bitState(jnp.zeros((), jnp.int32), *zeros(params, True), *zeros(params, False))
 
     def update(updates, old, params=None):
         count = optax.safe_increment(old.count)
-        mu = jax.tree.map(lambda x: decode(x, True), old.mu, is_leaf=coded)
-        nu = jax.tree.map(lambda x: decode(x, False), old.nu, is_leaf=coded)
+        mu, nu = plain(old.mu, old.mu_scale, True), plain(old.nu, old.nu_scale, False)
         mu, nu = optax.tree.update_moment(updates, mu, b1, 1), optax.tree.update_moment(updates, nu, b2, 2)
         first, second = optax.tree.bias_correction(mu, b1, count), optax.tree.bias_correction(nu, b2, count)
         out = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), first, second)
-        keep = lambda tree, signed: jax.tree.map(lambda x: encode(x, signed), tree)
-        return out, Adam8bitState(count, keep(mu, True), keep(nu, False))
+        return out, Adam8bitState(count, *coded(mu, True), *coded(nu, False))
 
     return optax.GradientTransformation(init, update)
 
@@ -121,11 +130,13 @@ def adam8bit(
     eps: float = 1e-8,
     *,
     weight_decay: float = 0.0,
+    mask: Any = None,
     rules: groups.Rules = (),
 ) -> optax.GradientTransformation:
     """8-bit AdamW.
 
     Args:
+        mask: what decays, as of `optax.adamw`.
         rules: (pattern, group) by path: "full" (f32 moments), "coded", "frozen".
 
     Raises:
@@ -136,5 +147,5 @@ def adam8bit(
         "coded": scale_by_adam8bit(b1, b2, eps),
         "frozen": optax.set_to_zero(),
     }
-    default = lambda path, leaf: "coded" if leaf.size >= SMALL and not groups.is_lookup(path) else "full"
-    return groups.grouped(learning_rate, parts, rules=rules, default=default, weight_decay=weight_decay)
+    default = lambda path, leaf: "coded" if jnp.size(leaf) >= SMALL and not groups.is_lookup(path) else "full"
+    return groups.grouped(learning_rate, parts, rules=rules, default=default, weight_decay=weight_decay, mask=mask)

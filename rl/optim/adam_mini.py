@@ -3,9 +3,9 @@
     M = b1 M + (1 - b1) G;   v_b = b2 v_b + (1 - b2) mean(G_b^2);   W <- W - lr Mhat / (sqrt(vhat_b) + eps)
 
 Blocks, by path: an output neuron of a matrix [in, out] (a column, "out"), a token of an embedding [vocab, width] ("in"),
-every entry of a bias ("element": plain Adam), a whole norm or other vector ("tensor"), and a head of queries or keys where a
-rule says so ("heads:8": columns h d .. (h + 1) d - 1 together, over all inputs). State of a matrix in f32: 4 m n bytes and 4 a
-block.
+every entry of a bias or of a kernel with more axes ("element": plain Adam), a whole norm or other vector ("tensor"), and a head
+of queries or keys where a rule says so ("heads:8": columns h d .. (h + 1) d - 1 together, over all inputs). State of a matrix
+in f32: 4 m n bytes and 4 a block.
 
 On the estimates of evolution: a block's mean of squares is far less noisy than one weight's square, which helps where Adam's
 second moment mostly measures noise.
@@ -38,18 +38,23 @@ def scale_by_adam_mini(
     block: str, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
 ) -> optax.GradientTransformation:
     """Adam's direction with a second moment per block: "out", "in", "tensor" or "heads:N"; see the module."""
+    average = lambda x, axis: jnp.mean(x, axis) if x.size else jnp.sum(x, axis)  # the mean of nothing is 0
     heads = int(block.partition(":")[2]) if block.startswith("heads:") else 0
 
     def mean(path, square):
         if block == "tensor":
-            return jnp.mean(square, axis=tuple(range(groups.stacked(path), square.ndim)))
+            return average(square, tuple(range(groups.stacked(path), square.ndim)))
         if not groups.is_matrix(path, square):
             raise ValueError(
                 f"blocks {block!r} are of matrices; {path} has shape {square.shape}: take 'tensor' or 'element'"
             )
         if not heads:
-            return jnp.mean(square, axis=-2 if block == "out" else -1)
+            return average(square, -2 if block == "out" else -1)
         *lead, m, n = square.shape
+        if not groups.is_plain(path, square):
+            raise ValueError(
+                f"blocks {block!r} are of columns of a matrix; {path} has shape {square.shape}: take 'element'"
+            )
         if n % heads:
             raise ValueError(f"columns must divide into heads; got {n} of {path} and {heads} heads")
         return jnp.mean(square.reshape(*lead, m, heads, n // heads), axis=(-3, -1))
@@ -87,11 +92,13 @@ def adam_mini(
     eps: float = 1e-8,
     *,
     weight_decay: float = 0.0,
+    mask: Any = None,
     rules: groups.Rules = (),
 ) -> optax.GradientTransformation:
     """Adam-mini on all parameters.
 
     Args:
+        mask: what decays, as of `optax.adamw`.
         rules: (pattern, blocks) by path, before the module's: "out", "in", "tensor", "element", "heads:N", or "frozen". For
             queries and keys: (("query/kernel", "heads:8"), ("key/kernel", "heads:4")).
 
@@ -104,7 +111,7 @@ def adam_mini(
 
     def default(path, leaf):
         if groups.is_matrix(path, leaf):
-            return "in" if _EMBEDDING.search(path) else "out"
-        return "element" if path.endswith("bias") else "tensor"
+            return "in" if _EMBEDDING.search(path) else "out" if groups.is_plain(path, leaf) else "element"
+        return "element" if re.search(r"(bias|(^|/)b)$", path) else "tensor"
 
-    return groups.grouped(learning_rate, parts, rules=rules, default=default, weight_decay=weight_decay)
+    return groups.grouped(learning_rate, parts, rules=rules, default=default, weight_decay=weight_decay, mask=mask)

@@ -43,7 +43,12 @@ def basis(path: str, shape: tuple[int, ...], rank: int, window: Array, seed: int
     """P^T of every matrix of a stack, f32 [*stack, size, rank], entries of variance 1 / rank, for `shape` [*stack, size]."""
     *lead, size = shape
     stack = jnp.arange(math.prod(lead), dtype=jnp.uint32).reshape(lead)
-    key = [jnp.uint32(seed), jnp.uint32(0), jnp.uint32(groups.seed_word(path)), jnp.asarray(window, jnp.uint32)]
+    key = [
+        jnp.uint32(seed & 0xFFFFFFFF),
+        jnp.uint32(0),
+        jnp.uint32(groups.seed_word(path)),
+        jnp.asarray(window, jnp.uint32),
+    ]
     words = noise_bits.words(key, [stack, jnp.uint32(0), jnp.uint32(0)], size * rank)
     return noise_bits.gaussian(words).reshape(*lead, size, rank) / math.sqrt(rank)
 
@@ -107,6 +112,7 @@ def apollo(
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    mask: Any = None,
     rules: groups.Rules = (),
     seed: int = 0,
 ) -> optax.GradientTransformation:
@@ -118,6 +124,7 @@ def apollo(
         scale: its root multiplies the step.
         kind: "channel" (a factor per row or column of the longer side) or "tensor" (one).
         side: that is projected: "short", "long", "left", "right".
+        mask: what decays, as of `optax.adamw`.
         rules: (pattern, group) by path: "full" (AdamW), "split" (APOLLO), "frozen".
 
     Raises:
@@ -125,9 +132,28 @@ def apollo(
     """
     split = scale_by_apollo(rank, every=every, scale=scale, kind=kind, side=side, b1=b1, b2=b2, eps=eps, seed=seed)
     parts = {"full": optax.scale_by_adam(b1, b2, eps), "split": split, "frozen": optax.set_to_zero()}
-    return groups.grouped(learning_rate, parts, rules=rules, default=linear_or_full("split"), weight_decay=weight_decay)
+    return groups.grouped(
+        learning_rate, parts, rules=rules, default=linear_or_full("split"), weight_decay=weight_decay, mask=mask
+    )
 
 
-def apollo_mini(learning_rate: optax.ScalarOrSchedule, **changes) -> optax.GradientTransformation:
-    """APOLLO of rank 1 with one factor a matrix and scale 128; `changes` are arguments of `apollo`."""
-    return apollo(learning_rate, **({"rank": 1, "scale": 128.0, "kind": "tensor"} | changes))
+def apollo_mini(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 1,
+    *,
+    every: int = 200,
+    scale: float = 128.0,
+    side: str = "short",
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    mask: Any = None,
+    rules: groups.Rules = (),
+    seed: int = 0,
+) -> optax.GradientTransformation:
+    """`apollo` of rank 1 with one factor a matrix and scale 128."""
+    return apollo(
+        learning_rate, rank, every=every, scale=scale, kind="tensor", side=side, b1=b1, b2=b2, eps=eps,
+        weight_decay=weight_decay, mask=mask, rules=rules, seed=seed,
+    )  # fmt: skip

@@ -21,7 +21,7 @@ import numpy as np
 from jax import Array, lax
 
 from rl.optim import groups
-from rl.optim.projection import Projection
+from rl.optim.projection import Projection, columns
 
 
 class Member(NamedTuple):
@@ -50,6 +50,15 @@ class Family(NamedTuple):
 Families = Callable[[Any], Sequence[Family]]
 
 
+def _shapes(params) -> dict[tuple, list]:
+    """(shape, dtype) of a tensor -> (path, number of the leaf, stack axes of the leaf)."""
+    shapes: dict[tuple, list] = {}
+    for i, (path, leaf) in enumerate(groups.leaves(params)):
+        lead = leaf.ndim - 2 if groups.is_matrix(path, leaf) else groups.stacked(path)
+        shapes.setdefault((leaf.shape[lead:], leaf.dtype), []).append((path, i, leaf.shape[:lead]))
+    return shapes
+
+
 def by_shape(density: float) -> Families:
     """Families of equal shape, one matrix a tensor, with round(density c) slots.
 
@@ -58,11 +67,7 @@ def by_shape(density: float) -> Families:
     """
 
     def families(params):
-        shapes: dict[tuple, list] = {}
-        for i, (path, leaf) in enumerate(groups.leaves(params)):
-            lead = leaf.ndim - 2 if groups.is_matrix(path, leaf) else groups.stacked(path)
-            shapes.setdefault((leaf.shape[lead:], leaf.dtype), []).append((path, i, leaf.shape[:lead]))
-        made = [_family(shape, parts, lambda c: round(density * c)) for (shape, _), parts in shapes.items()]
+        made = [_family(shape, parts, lambda c: round(density * c)) for (shape, _), parts in _shapes(params).items()]
         for family in made:
             if density > 0 and not family.slots:
                 raise ValueError(
@@ -92,7 +97,7 @@ def by_role(active: int, pattern: str) -> Families:
                 raise ValueError(
                     f"{path} is in no block of pattern {pattern!r}: put it into the group 'full' or 'frozen'"
                 )
-            roles.setdefault(re.sub(pattern, "*", path), []).append((path, i, lead, leaf.shape[len(lead) :]))
+            roles.setdefault(re.sub(pattern, "*", path, count=1), []).append((path, i, lead, leaf.shape[len(lead) :]))
         made = []
         for role, parts in roles.items():
             if len({shape for *_, shape in parts}) > 1:
@@ -202,5 +207,35 @@ def blocks(families: Families, order: str = "random", seed: int = 0) -> Projecti
                 leaf = leaves[member.leaf]
                 out[member.leaf] = scatter(f, member, leaf, ids, small[f.name], out[member.leaf])
         return jax.tree.unflatten(jax.tree.structure(gradients), out)
+
+    return Projection(lambda params: {}, zeros, lambda stored, window, gradients: stored, down, join)
+
+
+def or_columns(density: float, order: str = "random", seed: int = 0) -> Projection:
+    """Blocks of equal shape; the columns of a matrix whose shape is too rare for a slot (round(density c) = 0)."""
+    whole, part = blocks(by_shape(density), order, seed), columns(density, seed)
+
+    def rare(params) -> set[str]:
+        few = lambda parts: density > 0 and round(density * sum(math.prod(lead) for *_, lead in parts)) == 0
+        found = {path for parts in _shapes(params).values() if few(parts) for path, *_ in parts}
+        return {path for path, leaf in groups.leaves(params) if path in found and groups.is_matrix(path, leaf)}
+
+    def parts(tree, left):
+        named = groups.leaves(tree)
+        return {path: x for path, x in named if path not in left}, {path: x for path, x in named if path in left}
+
+    def zeros(params):
+        common, left = parts(params, rare(params))
+        return {"blocks": whole.zeros(common), "columns": part.zeros(left)}
+
+    def down(stored, window, gradients):
+        common, left = parts(gradients, rare(gradients))
+        return {"blocks": whole.down({}, window, common), "columns": part.down({}, window, left)}
+
+    def join(stored, window, small, gradients, projected, free):
+        common, left = parts(gradients, rare(gradients))
+        made = whole.join({}, window, small["blocks"], common, projected["blocks"], free)
+        made |= part.join({}, window, small["columns"], left, projected["columns"], free)
+        return jax.tree.unflatten(jax.tree.structure(gradients), [made[path] for path, _ in groups.leaves(gradients)])
 
     return Projection(lambda params: {}, zeros, lambda stored, window, gradients: stored, down, join)

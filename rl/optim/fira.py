@@ -111,6 +111,7 @@ def fira(
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    mask: Any = None,
     rules: groups.Rules = (),
 ) -> optax.GradientTransformation:
     """Fira on the weights of linear layers, AdamW on the others; arguments as `rl.optim.galore`."""
@@ -119,4 +120,6 @@ def fira(
         "split": scale_by_fira(rank, every=every, scale=scale, side=side, b1=b1, b2=b2, eps=eps),
         "frozen": optax.set_to_zero(),
     }
-    return groups.grouped(learning_rate, parts, rules=rules, default=linear_or_full("split"), weight_decay=weight_decay)
+    return groups.grouped(
+        learning_rate, parts, rules=rules, default=linear_or_full("split"), weight_decay=weight_decay, mask=mask
+    )

@@ -8,7 +8,8 @@ With a projection P of the current window, and t steps since the last refresh:
 Every `every` steps P is chosen anew and the memory starts from zero (`state="reset"`, the recipe behind the published
 experiments), is carried over as far as the projections overlap ("project", the paper's generic algorithm), or stays as it is
 ("keep", for bases that drift slowly, as GaLore does). Linear layers' weights are split; embeddings, output layer, norms, biases
-and all else have AdamW in full. State bytes in f32: 8 (N_full + density N_split).
+and all else have AdamW in full. State bytes in f32: 8 (N_full + density N_split). Steps of the sign have one size: weights kept
+in bf16 lose them once they are below half an ulp, so step f32 copies (as `eggroll.estimate.master_copy` makes).
 
 On the estimates of evolution: the sign turns a gradient that is mostly noise into a walk of +-lr per weight, so use large
 populations or `free_scale` 0.1, average before (`optax.MultiSteps`), or take `free="sgd"`, which keeps magnitudes.
@@ -25,7 +26,7 @@ import optax
 from jax import Array, lax
 
 from rl.optim import blocks, groups, projection
-from rl.optim.projection import Projection
+from rl.optim.projection import Projection, right_side
 
 FREE = {"sign": jnp.sign, "sgd": lambda g: g, "none": None}
 STATES = ("reset", "project", "keep")
@@ -35,7 +36,7 @@ FULL = {
     "momentum": lambda b1, b2, eps: optax.trace(b1),
 }
 PROJECTIONS = {
-    "block": lambda density, order, side, seed: blocks.blocks(blocks.by_shape(density), order, seed),
+    "block": lambda density, order, side, seed: blocks.or_columns(density, order, seed),
     "columns": lambda density, order, side, seed: projection.columns(density, seed),
     "rows": lambda density, order, side, seed: projection.rows(density, seed),
     "randk": lambda density, order, side, seed: projection.randk(density, seed),
@@ -97,11 +98,11 @@ def scale_by_split(
         """The memory's arrays of the shape of `small`, lifted by the last projection and seen through this one."""
         like = jax.tree.map(jnp.zeros_like, updates)
         small = project.down(stored, window, like)
-        kind = jax.tree.structure(small)
-        parts = jax.tree.leaves(inner, is_leaf=lambda x: jax.tree.structure(x) == kind)
-        outer = jax.tree.structure(inner, is_leaf=lambda x: jax.tree.structure(x) == kind)
+        kind, shapes = jax.tree.structure(small), [x.shape for x in jax.tree.leaves(small)]
+        fits = lambda x: jax.tree.structure(x) == kind and [leaf.shape for leaf in jax.tree.leaves(x)] == shapes
+        parts, outer = jax.tree.leaves(inner, is_leaf=fits), jax.tree.structure(inner, is_leaf=fits)
         lift = lambda x: project.down(stored, window, project.join(before, window - 1, x, like, small, None))
-        return jax.tree.unflatten(outer, [lift(x) if jax.tree.structure(x) == kind else x for x in parts])
+        return jax.tree.unflatten(outer, [lift(x) if fits(x) else x for x in parts])
 
     return optax.GradientTransformation(init, update)
 
@@ -123,6 +124,7 @@ def frugal(
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    mask: Any = None,
     rules: groups.Rules = (),
     seed: int = 0,
 ) -> optax.GradientTransformation:
@@ -131,7 +133,8 @@ def frugal(
     Args:
         density: share of the split weights that have memory at a time, in [0, 1]. 0: sign descent. A block or a dense basis
             takes round(density x size), a subset the floor.
-        projection: "block" (whole tensors), "columns", "rows", "randk", "permutation", "svd", "random".
+        projection: "block" (whole tensors; matrices of a shape too rare for one slot take "columns"), "columns", "rows",
+            "randk", "permutation", "svd", "random".
         order: of blocks: "random", "ascending", "descending", "mirror", "reshuffled".
         side: of svd and random: "short", "long", "left", "right".
         every: steps between refreshes.
@@ -139,6 +142,7 @@ def frugal(
         full: "adam", "lion" or "momentum" (of b1).
         free: "sign", "sgd" or "none".
         free_scale, split_scale: factors of the rest's step, and of the whole step of split weights.
+        mask: what decays, as of `optax.adamw`.
         rules: (pattern, group) by path, the first that fits: "full" (AdamW), "split", "free" (no memory at all), "frozen".
         seed: of random choices.
 
@@ -146,7 +150,9 @@ def frugal(
         ValueError: a setting out of range or not a plain number, an unknown name, a rule that fits nothing, leaves that a
             projection cannot take.
     """
-    groups.number("density", density, 0, 1)
+    groups.number("density", density, 0, 1, whole=False)
+    groups.choose("order", order, blocks.ORDERS)
+    right_side(side)
     made = groups.choose("projection", projection, PROJECTIONS)(density, order, side, seed)
     rest = groups.choose("free", free, FREE)
     without = (lambda g: free_scale * rest(g)) if rest else None
@@ -168,7 +174,9 @@ def frugal(
         "free": optax.stateless(lambda g, _: jax.tree.map(lambda x: split_scale * (without(x) if rest else 0 * x), g)),
         "frozen": optax.set_to_zero(),
     }
-    return groups.grouped(learning_rate, parts, rules=rules, default=linear_or_full("split"), weight_decay=weight_decay)
+    return groups.grouped(
+        learning_rate, parts, rules=rules, default=linear_or_full("split"), weight_decay=weight_decay, mask=mask
+    )
 
 
 def linear_or_full(group: str):

@@ -11,6 +11,8 @@ Source: Zhao et al., GaLore, arXiv 2403.03507. Weight decay is decoupled and of 
 the authors' code decays after it, a difference of second order in the learning rate.
 """
 
+from typing import Any
+
 import optax
 
 from rl.optim import groups, projection
@@ -37,6 +39,7 @@ def galore(
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    mask: Any = None,
     rules: groups.Rules = (),
 ) -> optax.GradientTransformation:
     """GaLore on the weights of linear layers, AdamW on the others.
@@ -46,6 +49,7 @@ def galore(
         every: steps between refreshes.
         scale: alpha, of the step of projected weights.
         side: "short", "long", "left", "right".
+        mask: what decays, as of `optax.adamw`.
         rules: (pattern, group) by path: "full" (AdamW), "split" (GaLore), "frozen".
 
     Raises:
@@ -57,4 +61,6 @@ def galore(
         "split": optax.chain(split, optax.scale(scale)),
         "frozen": optax.set_to_zero(),
     }
-    return groups.grouped(learning_rate, parts, rules=rules, default=linear_or_full("split"), weight_decay=weight_decay)
+    return groups.grouped(
+        learning_rate, parts, rules=rules, default=linear_or_full("split"), weight_decay=weight_decay, mask=mask
+    )

@@ -1,10 +1,12 @@
 """Which rule moves which parameter: groups by path, and what every optimizer of this folder is made of.
 
-A matrix is a leaf of two axes [m, n]; further axes in front are stacks of matrices (layers under a scan, experts), each treated
-by itself. A leaf below a key "layers" that is not followed by a number is a stack over layers, so [layers, n] is one vector a
-layer.
+A matrix is a leaf of two axes [m, n]; further axes in front are stacks of matrices, each treated by itself. A leaf below a key
+"layers" is a stack over layers, so [layers, n] is one vector a layer, unless a numbered layer follows ("layers/0",
+"layers/layer_0"). Names that end in "bias" or "scale" are of vectors, whatever their axes. By default a linear layer's
+weight is a matrix, stacked over layers or "experts" at most: kernels with more axes (convolutions, heads) are not.
 """
 
+import numbers
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +20,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from eggroll.noise import path_name
 
 Rules = Sequence[tuple[str, str]]
-_LOOKUP = re.compile(r"(^|/)(\w*embed\w*|wte|wpe|head|lm_head|logits|unembed)(/|$)", re.IGNORECASE)
-_STACK = re.compile(r"(^|/)layers/(?!\d+(/|$))")
+_LOOKUP = re.compile(
+    r"(^|/)(\w*embed\w*|(\w+_)?emb|wte|wpe|\w*head|\w*logits\w*|\w*classifier\w*)(/|$)|^(params/)?output(_\w+)?(/|$)",
+    re.IGNORECASE,
+)
+_STACK = re.compile(r"(^|/)layers/(?!(\w*(layer|block)s?_?)?\d+(/|$))", re.IGNORECASE)
+_VECTOR = re.compile(r"(bias|scale)$", re.IGNORECASE)
 
 
 def leaves(tree) -> list[tuple[str, Any]]:
@@ -34,7 +40,13 @@ def stacked(path: str) -> int:
 
 def is_matrix(path: str, leaf) -> bool:
     """Whether a leaf is a matrix or a stack of them."""
-    return jnp.ndim(leaf) - stacked(path) >= 2
+    return jnp.ndim(leaf) - stacked(path) >= 2 and not _VECTOR.search(path)
+
+
+def is_plain(path: str, leaf) -> bool:
+    """Whether a leaf is a matrix, stacked over layers or experts at most."""
+    experts = int("expert" in path.lower())
+    return is_matrix(path, leaf) and jnp.ndim(leaf) - stacked(path) <= 2 + experts
 
 
 def is_lookup(path: str) -> bool:
@@ -43,8 +55,8 @@ def is_lookup(path: str) -> bool:
 
 
 def is_linear(path: str, leaf) -> bool:
-    """Whether a leaf is taken for the weight of a linear layer: a matrix outside embeddings and the output layer."""
-    return is_matrix(path, leaf) and not is_lookup(path)
+    """Whether a leaf is taken for the weight of a linear layer: a plain matrix outside embeddings and the output layer."""
+    return is_plain(path, leaf) and not is_lookup(path)
 
 
 def check_rank(path: str, leaf, rank: int) -> None:
@@ -106,6 +118,7 @@ def grouped(
     rules: Rules,
     default: Callable[[str, Any], str],
     weight_decay: Any,
+    mask: Any = None,
     decayed: Callable[[str], bool] = lambda group: group != "frozen",
 ) -> optax.GradientTransformation:
     """An optimizer of several rules: W <- W - lr (rule of its group(G) + weight_decay W).
@@ -113,14 +126,20 @@ def grouped(
     Args:
         groups: name -> transformation to a descent direction.
         rules, default: see `labels`.
+        mask: what decays, as of `optax.adamw`: a tree of bools or a function that makes it of the parameters; None: all.
         decayed: group -> whether its weights decay.
     """
     label = lambda tree: labels(tree, rules, default, groups)
-    mask = lambda tree: jax.tree.map(decayed, label(tree))
+
+    def decaying(tree):
+        chosen = jax.tree.map(decayed, label(tree))
+        own = mask(tree) if callable(mask) else mask
+        return chosen if own is None else jax.tree.map(lambda a, b: a and bool(b), chosen, own)
+
     return sharded(
         optax.chain(
             wide(optax.partition(dict(groups), label)),
-            optax.add_decayed_weights(weight_decay, mask),
+            optax.add_decayed_weights(weight_decay, decaying),
             optax.scale_by_learning_rate(learning_rate),
         )
     )
@@ -132,12 +151,18 @@ def wide(tx: optax.GradientTransformation) -> optax.GradientTransformation:
 
     def update(updates, state, params=None):
         new, state = tx.update(widen(updates), state, None if params is None else widen(params))
-        return jax.tree.map(lambda x, old: x.astype(old.dtype), new, updates), state
+        return jax.tree.map(lambda x, old: x.astype(jnp.result_type(old)), new, updates), state
 
     return optax.GradientTransformation(lambda params: tx.init(widen(params)), update)
 
 
 def _widened(x):
+    x = jnp.asarray(x)
+    if jnp.iscomplexobj(x):
+        raise ValueError(
+            f"these optimizers are of real numbers; got a leaf {x.dtype}{list(x.shape)}: give it to another one by "
+            "optax.partition"
+        )
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     return x if x.dtype == dtype else x.astype(dtype)
 
@@ -151,7 +176,7 @@ def sharded(tx: optax.GradientTransformation) -> optax.GradientTransformation:
 
     def init(params):
         state = tx.init(params)
-        own = jax.tree_util.tree_flatten_with_path(params)[0]
+        own = jax.tree_util.tree_flatten_with_path(jax.tree.map(jnp.asarray, params))[0]
 
         def spread(path, x):
             found = owner(path, own)
@@ -175,8 +200,6 @@ def owner(path, own):
 
 
 def _belongs(path, keys) -> bool:
-    while path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1:] != keys[-1:]:
-        path = path[:-1]  # a field of an array's own, such as its codes
     return bool(keys) and (path[-len(keys) :] == keys or path[-1:] == (jax.tree_util.DictKey(path_name(keys)),))
 
 
@@ -203,13 +226,16 @@ def _ways(mesh, names) -> int:
     return size
 
 
-def number(name: str, value, low: float, high: float = float("inf")) -> None:
+def number(name: str, value, low: float, high: float = float("inf"), *, whole: bool = True) -> None:
     """Checks a setting that shapes depend on.
 
     Raises:
-        ValueError: not a plain number (a schedule, an array of `optax.inject_hyperparams`), or out of [low, high].
+        ValueError: not a plain number (a schedule, an array of `optax.inject_hyperparams`), not a whole one, or out of
+            [low, high].
     """
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, numbers.Real) and whole and not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name} must be a whole number; got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(
             f"{name} must be a plain number, because the shapes of the state depend on it; got {value!r}: schedules go into "
             f"learning_rate, and optax.inject_hyperparams takes it as static_args=({name!r},)"

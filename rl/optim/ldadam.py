@@ -118,6 +118,7 @@ def ldadam(
     rho: float = 0.908,
     error_feedback: bool = True,
     weight_decay: float = 0.0,
+    mask: Any = None,
     rules: groups.Rules = (),
     seed: int = 0,
 ) -> optax.GradientTransformation:
@@ -127,6 +128,7 @@ def ldadam(
         rank: r.
         rho: weight of the moment, against the gradient, in what the subspace follows.
         error_feedback: whether what a step leaves out is added to the next gradient.
+        mask: what decays, as of `optax.adamw`.
         rules: (pattern, group) by path: "full" (AdamW), "split" (LDAdam), "frozen".
 
     Raises:
@@ -134,4 +136,6 @@ def ldadam(
     """
     split = scale_by_ldadam(rank, b1=b1, b2=b2, eps=eps, rho=rho, error_feedback=error_feedback, seed=seed)
     parts = {"full": optax.scale_by_adam(b1, b2, eps), "split": split, "frozen": optax.set_to_zero()}
-    return groups.grouped(learning_rate, parts, rules=rules, default=linear_or_full("split"), weight_decay=weight_decay)
+    return groups.grouped(
+        learning_rate, parts, rules=rules, default=linear_or_full("split"), weight_decay=weight_decay, mask=mask
+    )

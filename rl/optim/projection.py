@@ -12,7 +12,7 @@ For a matrix G [m, n] (every matrix of a stack by itself), density rho:
 | random      | the same, Q random with Q^T Q = 1       | the same                | Q                 |
 
 JAX keeps the kernel of a linear layer as [in, out], PyTorch as [out, in]: the columns of the published code are rows here,
-which are also gathered three times as fast on a CPU. J depends on (seed, window, path) alone and is computed anew in every
+which are also gathered faster on a CPU. J depends on (seed, window, path) alone and is computed anew in every
 step; a window is the time between two refreshes.
 svd and random project the shorter side, as GaLore does ("short"), or "long", "left" (rows), "right" (columns).
 "block", which takes whole tensors, is `rl.optim.blocks`. Source: Zmushko et al., FRUGAL, arXiv 2411.07837.

@@ -43,6 +43,7 @@ def report(tx: optax.GradientTransformation, params: Any) -> Report:
         The `Report`: a state array belongs to the parameter whose keys its own end with, and to a group of
         `optax.partition` where one of its keys names it.
     """
+    params = jax.eval_shape(lambda params: params, params)
     state = jax.eval_shape(tx.init, params)
     own = jax.tree_util.tree_flatten_with_path(params)[0]
     total, shared, by_group = 0, 0, {}

@@ -33,6 +33,9 @@ SETTINGS = {
     "state 'keep' .* other coordinates .* got projection 'columns'": lambda: optim.frugal(
         0.1, projection="columns", state="keep"
     ),
+    "rank must be a whole number; got 4.0": lambda: optim.galore(0.1, 4.0),
+    "order must be one of .*; got 'down'": lambda: optim.frugal(0.1, projection="rows", order="down"),
+    "mask must be a function": lambda: optim.badam(0.1, mask={"w": True}),
     "kind must be one of channel, tensor; got 'row'": lambda: optim.apollo(0.1, 2, kind="row"),
     "active must be from 1": lambda: optim.badam(0.1, active=0),
 }
@@ -52,7 +55,19 @@ TREES = {
         optim.frugal(0.1, 0.5, projection="columns", rules=(("scale", "split"),))
     ),
     "projections need matrices; layer_0/dense/bias": lambda: init(optim.fira(0.1, 2, rules=(("bias", "split"),))),
-    r"density 0.2 of 2 tensors of shape \(12, 8\) rounds to none": lambda: init(optim.frugal(0.1, 0.2)),
+    r"density 0.2 of 2 tensors of shape \(12,\) rounds to none": lambda: init(
+        optim.frugal(0.1, 0.2, rules=(("bias", "split"),))
+    ),
+    "pattern .* finds no block in paths such as embed/embedding": lambda: init(optim.badam(0.1, pattern="stage")),
+    "weight decay needs the current value of parameters": lambda: optim.badam(0.1, weight_decay=0.1).update(
+        tree(), optim.badam(0.1, weight_decay=0.1).init(tree())
+    ),
+    r"real numbers; got a leaf complex64\[2, 2\]": lambda: init(
+        optim.fira(0.1, 2), {"w": jnp.ones((2, 2), jnp.complex64)}
+    ),
+    r"blocks 'heads:4' are of columns .* q/kernel has shape \(8, 4, 6\)": lambda: init(
+        optim.adam_mini(0.1, rules=(("q", "heads:4"),)), {"q": {"kernel": jnp.ones((8, 4, 6))}}
+    ),
     "blocks 'out' are of matrices; layer_0/norm/scale": lambda: init(optim.adam_mini(0.1, rules=(("scale", "out"),))),
     "columns must divide into heads; got 12 .* and 5 heads": lambda: init(
         optim.adam_mini(0.1, rules=(("dense/kernel", "heads:5"),))
