@@ -1,5 +1,6 @@
 """What the formulas imply, by value: limits that are simpler methods, invariants, coverage of random choices."""
 
+import importlib
 import math
 
 import jax
@@ -26,6 +27,10 @@ def run(tx, gradients, params, steps):
         updates, state = update(gradients(i), state, params)
         out.append(updates)
     return out
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def kernels(updates):
@@ -270,3 +275,59 @@ def test_ldadams_first_step_is_a_sign_step_in_its_subspace():
     q = next(x for path, x in jax.tree_util.tree_flatten_with_path(state)[0] if "basis" in str(path) and x.size)
     np.testing.assert_allclose(q.T @ q, np.eye(3), atol=1e-5)
     np.testing.assert_allclose(updates["kernel"], -q @ np.sign(q.T @ gradient["kernel"]), rtol=1e-4, atol=1e-5)
+
+
+def test_apollo_that_projects_nothing_away_has_adams_norms_along_the_gradient(monkeypatch):
+    identity = lambda path, shape, rank, window, seed: jnp.eye(shape[-1])
+    monkeypatch.setattr(
+        importlib.import_module("rl.optim.apollo"), "basis", identity
+    )  # `rl.optim.apollo` is a function
+    tx, adam = optim.scale_by_apollo(8, every=2), optax.scale_by_adam()
+    gradient = {"w": normal(8, 12)}
+    out, _ = tx.update(gradient, tx.init(gradient))
+    step, _ = adam.update(gradient, adam.init(gradient))
+    size = lambda x: jnp.linalg.norm(x["w"], axis=0)
+    np.testing.assert_allclose(size(out), size(step), rtol=1e-5)
+    np.testing.assert_allclose(out["w"] / size(out), gradient["w"] / size(gradient), rtol=1e-5)
+
+
+def test_ldadam_of_full_rank_loses_nothing_of_its_momentum():
+    tx = optim.scale_by_ldadam(8, b1=0.9, error_feedback=False)
+    state, mean = tx.init({"w": jnp.zeros((8, 12))}), 0.0
+    for i in range(6):
+        gradient = normal(8, 12, seed=i)
+        before = state.basis["w"]
+        _, state = tx.update({"w": gradient}, state)
+        change = state.basis["w"].T @ before
+        np.testing.assert_allclose(change @ change.T, np.eye(8), atol=1e-5)
+        mean = 0.9 * mean + 0.1 * gradient
+        np.testing.assert_allclose(state.basis["w"] @ state.mu["w"], mean, atol=1e-5)
+
+
+def test_what_comes_from_optax_is_as_published():
+    """Lion moves by 0 or 1, a rank-one square is factored without loss, SM3 bounds the sum of squares, Muon levels spectra."""
+    gradient = normal(6, 10).at[0, 0].set(0)
+    lion = optax.scale_by_lion()
+    assert set(np.unique(np.abs(lion.update(gradient, lion.init(gradient))[0]))) == {0, 1}
+
+    one = jnp.outer(jnp.exp(normal(6)), jnp.exp(normal(10, seed=1))) * jnp.sign(normal(6, 10, seed=2))
+    factored = optax.scale_by_factored_rms(min_dim_size_to_factor=1)
+    np.testing.assert_allclose(factored.update(one, factored.init(one), one)[0], jnp.sign(one), rtol=1e-5)
+
+    sm3, total = optax.scale_by_sm3(b1=0.0, b2=1.0), 0.0
+    state = sm3.init(gradient)
+    for i in range(5):
+        step = normal(6, 10, seed=i)
+        _, state = sm3.update(step, state)
+        total = total + step**2
+        rows, columns = state.mu
+        assert np.all(np.minimum(rows.reshape(-1, 1), columns.reshape(1, -1)) >= total - 1e-6)
+
+    left, _, right = jnp.linalg.svd(normal(16, 64), full_matrices=False)
+    spectrum = jnp.logspace(0, np.log10(0.004), 16)
+    matrix = (left * spectrum) @ right
+    muon = optax.contrib.scale_by_muon()
+    apply = lambda x: muon.update({"w": x}, muon.init({"w": x}), {"w": x})[0]["w"]
+    levelled = jnp.linalg.svd(apply(matrix), compute_uv=False)
+    assert spectrum[-1] / jnp.linalg.norm(spectrum) > 0.002 and np.all((levelled > 0.68) & (levelled < 1.20))
+    np.testing.assert_allclose(apply(100 * matrix), apply(matrix), atol=1e-3)
