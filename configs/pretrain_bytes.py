@@ -8,7 +8,7 @@ Best learning rate of each method on seed 0 (next to it others tried on both sid
 the end for seeds 0, 1 and 2, bytes of optimizer state; 70 to 80 s of training on one CPU core:
 
     adamw         3e-3     (2e-3 2.693, 4e-3 2.672)      2.656 2.617 2.654   6,857,736
-    frugal 0.25   2e-3     (1e-3 2.760, 3e-3 2.694)      2.640 2.630 2.696   2,114,576
+    frugal 0.25   2e-3     (1e-3 2.760, 3e-3 2.694)      2.657 2.641 2.684   2,114,576
     frugal 0      2e-3     (1e-3 2.835, 3e-3 2.748)      2.704 2.705 2.747     533,520
     galore        2.4e-2   (1.2e-2 2.770, 4.8e-2 2.780)  2.666 2.668 2.719   2,573,328
     fira          2.4e-2   (1.2e-2 2.648, 4.8e-2 2.767)  2.624 2.544 2.632   2,573,440
