@@ -1,6 +1,7 @@
 """Settings every test needs before jax is imported; subprocesses inherit them."""
 
 import gc
+import itertools
 import os
 import sys
 from importlib.metadata import version
@@ -22,7 +23,7 @@ FULL_COMPILE = os.environ.get("FULL_COMPILE") == "1"
 if not FULL_COMPILE:
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     if version("jaxlib").startswith("0.10.") and "xla_cpu_use_fusion_emitters" not in os.environ["XLA_FLAGS"]:
-        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # jaxlib 0.11 has no other emitters
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # jaxlib 0.11 does not know this flag
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # Tracing makes objects by the million, few of them in cycles: looking for those less often saves an eighth of the time.
 gc.set_threshold(100_000, 50, 50)
@@ -31,9 +32,9 @@ gc.set_threshold(100_000, 50, 50)
 def pytest_collection_modifyitems(config, items):
     """Leaves tests marked `optimised` to a process that compiles as users' programs are compiled."""
     if not FULL_COMPILE:
-        left = [item for item in items if item.get_closest_marker("optimised")]
-        config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if item not in set(left)]
+        marked = lambda item: item.get_closest_marker("optimised") is not None
+        config.hook.pytest_deselected(items=list(filter(marked, items)))
+        items[:] = itertools.filterfalse(marked, items)
 
 
 @pytest.fixture(scope="module", autouse=True)

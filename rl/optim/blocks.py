@@ -72,7 +72,7 @@ def by_shape(density: float) -> Families:
             if density > 0 and not family.slots:
                 raise ValueError(
                     f"density {density:g} of {family.size} tensors of shape {family.shape} rounds to none ({family.name}): "
-                    "take a larger density, 0, or the projection 'columns'"
+                    "take a larger density, 0, or the group 'full' by a rule"
                 )
         return made
 

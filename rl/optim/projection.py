@@ -158,7 +158,7 @@ def _choose(key: Array, size: int, count: int) -> Array:
 def _take(x: Array, ids: Array, axis: int) -> Array:
     """Rows (axis 0) or columns of a matrix, of numbers in range.
 
-    Columns as single numbers of each row in turn: XLA would gather column by column and transpose, at thrice the time.
+    Columns as single numbers of each row in turn: XLA would gather column by column on a CPU, and transpose.
     """
     if axis == 0 or x.size >= 2**31:
         return jnp.take(x, ids, axis, mode="clip")

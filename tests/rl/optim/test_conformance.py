@@ -15,17 +15,7 @@ from tests.rl.optim.cases import MAKERS, stack, stepper, tree
 
 every = pytest.mark.parametrize("name", MAKERS)
 # one of each kind
-KINDS = (
-    "frugal_block",
-    "frugal_columns",
-    "frugal_svd",
-    "badam",
-    "fira",
-    "apollo",
-    "ldadam",
-    "adam_mini",
-    "adam8bit",
-)
+KINDS = ("frugal_block", "frugal_columns", "frugal_svd", "badam", "fira", "apollo", "ldadam", "adam_mini", "adam8bit")
 each_kind = pytest.mark.parametrize("name", KINDS)
 copied = lambda tree: jax.tree.map(jnp.copy, tree)
 
