@@ -65,7 +65,7 @@ class Side(NamedTuple):
 def _sizes() -> Iterator[Size]:
     yield Size(256, 4, 15, slow=True)
     yield Size(1024, 4, 5, slow=True)
-    yield Size(2048, 2, 3, slow=False)
+    yield Size(2048, 4, 3, slow=False)
 
 
 def random_tree(width: int, layers: int) -> dict[str, Any]:

@@ -52,8 +52,9 @@ def scale_by_badam(
             return out, state
         if params is None:
             raise ValueError("weight decay needs the current value of parameters: call update(updates, state, params)")
-        here = project.down({}, window, params)
-        active = project.join({}, window, here, params, here, None)
+        where = project.where({}, window, params)
+        here = project.down(where, params)
+        active = project.join(where, here, params, here, None)
         added = lambda u, w, keep: u + lax.convert_element_type(decay, u.dtype) * w if keep else u
         keep = jax.tree.map(lambda _: True, params) if mask is None else mask(params)
         return jax.tree.map(added, out, active, keep), state

@@ -187,28 +187,28 @@ def blocks(families: Families, order: str = "random", seed: int = 0) -> Projecti
         dtypes = [leaf.dtype for _, leaf in groups.leaves(params)]
         return {f.name: jnp.zeros((f.slots, *f.shape), dtypes[f.members[0].leaf]) for f in families(params)}
 
-    def down(stored, window, gradients):
+    def where(stored, window, gradients):
+        return {f.name: active(f, order, window, seed) for f in families(gradients) if f.slots}
+
+    def down(where, gradients):
         leaves = jax.tree.leaves(gradients)
         return {
-            f.name: gather(f, leaves, active(f, order, window, seed))
+            f.name: gather(f, leaves, where[f.name])
             if f.slots
             else jnp.zeros((0, *f.shape), leaves[f.members[0].leaf].dtype)
             for f in families(gradients)
         }
 
-    def join(stored, window, small, gradients, projected, free):
+    def join(where, small, gradients, projected, free):
         leaves = jax.tree.leaves(gradients)
         out = [jnp.zeros_like(leaf) if free is None else free(leaf) for leaf in leaves]
         for f in families(gradients):
-            if not f.slots:
-                continue
-            ids = active(f, order, window, seed)
-            for member in f.members:
+            for member in f.members if f.slots else ():
                 leaf = leaves[member.leaf]
-                out[member.leaf] = scatter(f, member, leaf, ids, small[f.name], out[member.leaf])
+                out[member.leaf] = scatter(f, member, leaf, where[f.name], small[f.name], out[member.leaf])
         return jax.tree.unflatten(jax.tree.structure(gradients), out)
 
-    return Projection(lambda params: {}, zeros, lambda stored, window, gradients: stored, down, join)
+    return Projection(lambda params: {}, zeros, lambda stored, window, gradients: stored, where, down, join)
 
 
 def or_columns(density: float, order: str = "random", seed: int = 0) -> Projection:
@@ -228,14 +228,18 @@ def or_columns(density: float, order: str = "random", seed: int = 0) -> Projecti
         common, left = parts(params, rare(params))
         return {"blocks": whole.zeros(common), "columns": part.zeros(left)}
 
-    def down(stored, window, gradients):
+    def where(stored, window, gradients):
         common, left = parts(gradients, rare(gradients))
-        return {"blocks": whole.down({}, window, common), "columns": part.down({}, window, left)}
+        return {"blocks": whole.where({}, window, common), "columns": part.where({}, window, left)}
 
-    def join(stored, window, small, gradients, projected, free):
+    def down(where, gradients):
         common, left = parts(gradients, rare(gradients))
-        made = whole.join({}, window, small["blocks"], common, projected["blocks"], free)
-        made |= part.join({}, window, small["columns"], left, projected["columns"], free)
+        return {"blocks": whole.down(where["blocks"], common), "columns": part.down(where["columns"], left)}
+
+    def join(where, small, gradients, projected, free):
+        common, left = parts(gradients, rare(gradients))
+        made = whole.join(where["blocks"], small["blocks"], common, projected["blocks"], free)
+        made |= part.join(where["columns"], small["columns"], left, projected["columns"], free)
         return jax.tree.unflatten(jax.tree.structure(gradients), [made[path] for path, _ in groups.leaves(gradients)])
 
-    return Projection(lambda params: {}, zeros, lambda stored, window, gradients: stored, down, join)
+    return Projection(lambda params: {}, zeros, lambda stored, window, gradients: stored, where, down, join)

@@ -85,9 +85,9 @@ def scale_by_fira(
         window = old.count // every
         renew = lambda stored: basis.renew(stored, window, updates)
         stored = lax.cond(old.count % every == 0, renew, lambda stored: stored, old.stored)
-        seen = basis.down(stored, window, updates)
+        seen = basis.down(stored, updates)
         step, inner = adam.update(seen, old.inner)
-        lift = lambda small: basis.join(stored, window, small, updates, seen, None)
+        lift = lambda small: basis.join(stored, small, updates, seen, None)
 
         def rest(gradient, inside, step, seen, previous):
             axis = -1 if right(*gradient.shape[-2:]) else -2

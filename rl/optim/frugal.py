@@ -82,26 +82,27 @@ def scale_by_split(
         window, refresh = old.count // every, old.count % every == 0
         renew = functools.partial(project.renew, window=window, gradients=updates)
         stored = lax.cond(refresh, renew, lambda stored: stored, old.stored) if old.stored else old.stored
-        small = project.down(stored, window, updates)
+        where = project.where(stored, window, updates)
+        small = project.down(where, updates)
         inner = old.inner
         if state == "reset":
             fresh = full.init(jax.tree.map(jnp.zeros_like, small))
             inner = jax.tree.map(lambda new, kept: jnp.where(refresh, new, kept), fresh, inner)
         elif state == "project":
-            carry = lambda inner: carried(inner, old.stored, stored, window, updates)
+            carry = lambda inner: carried(inner, project.where(old.stored, window - 1, updates), where, updates)
             inner = lax.cond(refresh & (old.count > 0), carry, lambda inner: inner, inner)
         step, inner = full.update(small, inner)
-        out = project.join(stored, window, step, updates, small, free)
+        out = project.join(where, step, updates, small, free)
         return out, SplitState(optax.safe_increment(old.count), stored, inner)
 
-    def carried(inner, before, stored, window, updates):
+    def carried(inner, before, where, updates):
         """The memory's arrays of the shape of `small`, lifted by the last projection and seen through this one."""
         like = jax.tree.map(jnp.zeros_like, updates)
-        small = project.down(stored, window, like)
+        small = project.down(where, like)
         kind, shapes = jax.tree.structure(small), [x.shape for x in jax.tree.leaves(small)]
         fits = lambda x: jax.tree.structure(x) == kind and [leaf.shape for leaf in jax.tree.leaves(x)] == shapes
         parts, outer = jax.tree.leaves(inner, is_leaf=fits), jax.tree.structure(inner, is_leaf=fits)
-        lift = lambda x: project.down(stored, window, project.join(before, window - 1, x, like, small, None))
+        lift = lambda x: project.down(where, project.join(before, x, like, small, None))
         return jax.tree.unflatten(outer, [lift(x) if fits(x) else x for x in parts])
 
     return optax.GradientTransformation(init, update)

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kernels import noise_bits
 from rl.optim import groups
 
 Free = Callable[[Array], Array] | None
@@ -38,14 +39,16 @@ class Projection(NamedTuple):
         init: params -> stored, a dict of arrays.
         zeros: params -> small, of zeros.
         renew: (stored, window, gradients) -> stored for the window.
-        down: (stored, window, gradients) -> small.
-        join: (stored, window, small, gradients, down(gradients), free) -> updates: `small` lifted to the weights, plus
-            `free` of what of the gradients is not in the projection (None: zero).
+        where: (stored, window, gradients) -> where, a dict of what the window projects onto: what is stored, or chosen anew.
+        down: (where, gradients) -> small.
+        join: (where, small, gradients, down(gradients), free) -> updates: `small` lifted to the weights, plus `free` of what
+            of the gradients is not in the projection (None: zero).
     """
 
     init: Callable[[Any], dict[str, Array]]
     zeros: Callable[[Any], Any]
     renew: Callable[..., dict[str, Array]]
+    where: Callable[..., dict[str, Array]]
     down: Callable[..., Any]
     join: Callable[..., Any]
 
@@ -55,20 +58,24 @@ class _Matrix(NamedTuple):
 
     Attributes:
         shapes: (m, n) -> (shape of small, (shape, dtype) of what is stored or None).
-        renew: (key, G) -> stored.
-        down: (stored, key, G) -> small.
-        join: as of `Projection`, with a key in the window's place.
+        renew: (key, G) -> stored, or None where nothing is.
+        choose: (key, G) -> where, or None: what is stored.
+        down, join: as of `Projection`.
+        apart: whether `small` is finished before `join` reads it. Else XLA fuses what makes it, a step of Adam, into its
+            readers, which is one pass less over memory where they are few and vectorise, and slow where they do not.
     """
 
     shapes: Callable
     renew: Callable | None
+    choose: Callable | None
     down: Callable
     join: Callable
+    apart: bool = False
 
 
 def columns(density: float, seed: int = 0) -> Projection:
     """floor(density n) random columns."""
-    return _lifted(_subset(lambda m, n: 1, lambda size: _floor(density * size)), seed)
+    return _lifted(_subset(lambda m, n: 1, lambda size: _floor(density * size))._replace(apart=True), seed)
 
 
 def rows(density: float, seed: int = 0) -> Projection:
@@ -91,15 +98,15 @@ def randk(density: float, seed: int = 0) -> Projection:
     def renew(key, gradient):
         return _choose(key, gradient.size, count(*gradient.shape))
 
-    def down(stored, key, gradient):
-        return gradient.reshape(-1)[stored]
+    def down(ids, gradient):
+        return gradient.reshape(-1)[ids]
 
-    def join(stored, key, small, gradient, projected, free):
+    def join(ids, small, gradient, projected, free):
         rest = jnp.zeros_like(gradient) if free is None else free(gradient)
-        set_ = rest.reshape(-1).at[stored].set(small, unique_indices=True, indices_are_sorted=True)
+        set_ = rest.reshape(-1).at[ids].set(small, unique_indices=True, indices_are_sorted=True)
         return set_.reshape(gradient.shape)
 
-    return _lifted(_Matrix(shapes, renew, down, join), seed)
+    return _lifted(_Matrix(shapes, renew, None, down, join), seed)
 
 
 def svd(rank: Callable[[int], int], side: str = "short", seed: int = 0) -> Projection:
@@ -166,29 +173,42 @@ def _take(x: Array, ids: Array, axis: int) -> Array:
     return x.reshape(-1).at[jnp.arange(m)[:, None] * n + ids].get(mode="promise_in_bounds")
 
 
+def _spread(small: Array, place: Array, axis: int) -> Array:
+    """Rows or columns of `small` at these places, anything where a place is -1.
+
+    Not `_take`: a product with a mask follows, which fuses with a gather of each row and not with one of a flat matrix.
+    """
+    ids = jnp.maximum(place, 0)
+    row = lambda x: x.at[ids].get(mode="promise_in_bounds")
+    return jax.vmap(row)(small) if axis else row(small)
+
+
 def _subset(axis_of: Callable[[int, int], int], count_of: Callable[[int], int]) -> _Matrix:
-    def chosen(key, shape):
+    def sizes(shape):
         axis = axis_of(*shape)
         return axis, shape[axis], count_of(shape[axis])
 
     def shapes(m, n):
-        axis, _, count = chosen(None, (m, n))
+        axis, _, count = sizes((m, n))
         return ((m, count) if axis else (count, n)), None
 
-    def down(stored, key, gradient):
-        axis, size, count = chosen(key, gradient.shape)
-        return gradient if count == size else _take(gradient, _choose(key, size, count), axis)
+    def choose(key, gradient):
+        _, size, count = sizes(gradient.shape)
+        return jnp.arange(count, dtype=jnp.int32) if count in (0, size) else _choose(key, size, count)
 
-    def join(stored, key, small, gradient, projected, free):
-        axis, size, count = chosen(key, gradient.shape)
+    def down(ids, gradient):
+        axis, size, count = sizes(gradient.shape)
+        return gradient if count == size else _take(gradient, ids, axis)
+
+    def join(ids, small, gradient, projected, free):
+        axis, size, count = sizes(gradient.shape)
         rest = jnp.zeros_like(gradient) if free is None else free(gradient)
         if count in (0, size):
             return small if count else rest
-        place = jnp.full(size, -1).at[_choose(key, size, count)].set(jnp.arange(count))
-        taken = _take(small, jnp.maximum(place, 0), axis)
-        return jnp.where(jnp.expand_dims(place >= 0, 1 - axis), taken, rest)
+        place = jnp.full(size, -1).at[ids].set(jnp.arange(count))
+        return jnp.where(jnp.expand_dims(place >= 0, 1 - axis), _spread(small, place, axis), rest)
 
-    return _Matrix(shapes, None, down, join)
+    return _Matrix(shapes, None, choose, down, join)
 
 
 def _dense(rank: Callable[[int], int], side: str, basis: Callable) -> _Matrix:
@@ -201,19 +221,19 @@ def _dense(rank: Callable[[int], int], side: str, basis: Callable) -> _Matrix:
     def renew(key, gradient):
         return basis(key, gradient, right_of(*gradient.shape), rank(min(gradient.shape)))
 
-    def down(stored, key, gradient):
-        return product(gradient, stored) if right_of(*gradient.shape) else product(stored.T, gradient)
+    def down(basis, gradient):
+        return product(gradient, basis) if right_of(*gradient.shape) else product(basis.T, gradient)
 
-    def up(stored, small, shape):
-        return product(small, stored.T) if right_of(*shape) else product(stored, small)
+    def up(basis, small, shape):
+        return product(small, basis.T) if right_of(*shape) else product(basis, small)
 
-    def join(stored, key, small, gradient, projected, free):
-        lifted = up(stored, small, gradient.shape)
-        if free is None or stored.shape[1] == min(gradient.shape):  # nothing is left but rounding
+    def join(basis, small, gradient, projected, free):
+        lifted = up(basis, small, gradient.shape)
+        if free is None or basis.shape[1] == min(gradient.shape):  # nothing is left but rounding
             return lifted
-        return lifted + free(gradient - up(stored, projected, gradient.shape))
+        return lifted + free(gradient - up(basis, projected, gradient.shape))
 
-    return _Matrix(shapes, renew, down, join)
+    return _Matrix(shapes, renew, None, down, join)
 
 
 def _lifted(matrix: _Matrix, seed: int, rank: Callable[[int], int] | None = None) -> Projection:
@@ -241,25 +261,26 @@ def _lifted(matrix: _Matrix, seed: int, rank: Callable[[int], int] | None = None
     def zeros(params):
         return each(lambda path, leaf: jnp.zeros(shapes(path, leaf)[0], leaf.dtype), params)
 
-    def renew(stored, window, gradients):
-        if matrix.renew is None:
-            return stored
-        make = lambda path, leaf: groups.over_stack(matrix.renew, leaf.ndim - 2)(keys(path, window, leaf), leaf)
+    def drawn(fn, window, gradients):
+        make = lambda path, leaf: groups.over_stack(fn, leaf.ndim - 2)(keys(path, window, leaf), leaf)
         return {path: make(path, leaf) for path, leaf in groups.leaves(gradients)}
 
-    def down(stored, window, gradients):
-        def one(path, leaf):
-            keep = stored.get(path, keys(path, window, leaf))  # a subset stores nothing and reads its key
-            return groups.over_stack(matrix.down, leaf.ndim - 2)(keep, keys(path, window, leaf), leaf)
+    def renew(stored, window, gradients):
+        return stored if matrix.renew is None else drawn(matrix.renew, window, gradients)
 
-        return each(one, gradients)
+    def where(stored, window, gradients):
+        return stored if matrix.choose is None else drawn(matrix.choose, window, gradients)
 
-    def join(stored, window, small, gradients, projected, free):
+    def down(where, gradients):
+        return each(lambda path, leaf: groups.over_stack(matrix.down, leaf.ndim - 2)(where[path], leaf), gradients)
+
+    def join(where, small, gradients, projected, free):
         def one(path, leaf, small, projected):
+            if matrix.apart and small.size:
+                small = noise_bits.once(lambda _, small: small, [jnp.ravel(where[path])[:1].astype(jnp.uint32)], small)
             fn = groups.over_stack(functools.partial(matrix.join, free=free), leaf.ndim - 2)
-            key = keys(path, window, leaf)
-            return fn(stored.get(path, key), key, small, leaf, projected)
+            return fn(where[path], small, leaf, projected)
 
         return each(one, gradients, small, projected)
 
-    return Projection(init, zeros, renew, down, join)
+    return Projection(init, zeros, renew, where, down, join)

@@ -116,8 +116,9 @@ def test_weights_decay_by_the_learning_rate_alone_and_zero_gradients_move_nothin
 
 def test_columns_are_active_as_often_as_their_share():
     project, like = projection.columns(0.4, seed=3), {"w": jnp.ones((2, 10))}
-    small = project.down({}, 0, like)
-    window = jax.jit(lambda k: project.join({}, k, small, jax.tree.map(jnp.zeros_like, like), small, None))
+    small = project.down(project.where({}, 0, like), like)
+    zero = jax.tree.map(jnp.zeros_like, like)
+    window = jax.jit(lambda k: project.join(project.where({}, k, like), small, zero, small, None))
     # `down` of ones lifted: 1 where a column is active
     rounds = np.stack([np.asarray(window(k)["w"])[0] for k in range(400)])
     assert set(rounds.sum(axis=1)) == {4.0}  # floor(0.4 * 10)
@@ -149,10 +150,10 @@ def test_choices_depend_on_seed_window_and_path_alone():
     project = projection.columns(0.5, seed=1)
     leaf = jax.random.normal(jax.random.key(0), (3, 16))
     alone, beside = {"m": leaf}, {"a": leaf + 1, "m": leaf, "z": leaf}
-    np.testing.assert_array_equal(project.down({}, 4, alone)["m"], project.down({}, 4, beside)["m"])
-    assert np.any(np.asarray(project.down({}, 5, alone)["m"]) != project.down({}, 4, alone)["m"])
-    other = projection.columns(0.5, seed=2).down({}, 4, alone)["m"]
-    assert np.any(np.asarray(other) != project.down({}, 4, alone)["m"])
+    taken = lambda project, window, tree: np.asarray(project.down(project.where({}, window, tree), tree)["m"])
+    np.testing.assert_array_equal(taken(project, 4, alone), taken(project, 4, beside))
+    assert np.any(taken(project, 5, alone) != taken(project, 4, alone))
+    assert np.any(taken(projection.columns(0.5, seed=2), 4, alone) != taken(project, 4, alone))
 
 
 def test_projected_memory_stays_where_projections_overlap():

@@ -132,8 +132,8 @@ def coordinates(kind, density, shapes):
         path: jnp.broadcast_to(jnp.arange(np.prod(shape[-2:])).reshape(shape[-2:]), shape)
         for path, shape in shapes.items()
     }
-    down = getattr(projection, kind)(density, SEED).down
-    return by_window(lambda window: down({}, window, numbers))
+    project = getattr(projection, kind)(density, SEED)
+    return by_window(lambda window: project.down(project.where({}, window, numbers), numbers))
 
 
 def tensors(density, order, shapes):
