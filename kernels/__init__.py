@@ -3,3 +3,7 @@
 `kernels/<op>/api.py` is what callers import, `kernels/<op>/reference.py` is the plain-JAX twin: the default wherever no
 faster path exists, and the oracle of every test.
 """
+
+from kernels.dispatch import use
+
+__all__ = ["use"]

@@ -1,5 +1,5 @@
-"""The low-rank correction of a product: x contracted with one factor, then spread by the other."""
+"""The product of a population's activations with a weight that every member perturbs by factors of its own."""
 
-from kernels.lowrank_matmul.api import contract
+from kernels.lowrank_matmul.api import contract, matmul, serves
 
-__all__ = ["contract"]
+__all__ = ["contract", "matmul", "serves"]

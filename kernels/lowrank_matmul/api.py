@@ -1,10 +1,102 @@
 """What callers import."""
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 from jax import Array
 
-from kernels.lowrank_matmul import reference
+from kernels import batching, dispatch
+from kernels.lowrank_matmul import pallas_gpu, pallas_tpu, reference
+from kernels.noise_bits import Generated
+
+_KERNELS = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
+MAX_RANK = 16
+
+
+def matmul(
+    x: Array,
+    w: Array,
+    right: Array | Generated,
+    left: Array | Generated,
+    scale: Array,
+    *,
+    implementation: str | None = None,
+) -> Array:
+    """y = x W + scale (x B) A^T, with B and A the two factors of a low-rank perturbation of W.
+
+    Leading axes are those of a population and broadcast against each other, or are added by `vmap`, with W unbatched: members
+    that share a factor have an axis of size 1 there. Independent members: [N] on x, B and A. Antithetic pairs: x [P, 2], B and
+    A [P, 1], scale [1, 2]. Crossed: x [P, Q], A [P, 1], B [1, Q].
+
+    Args:
+        x: [*members, M, K], M rows per member; bf16 or f32.
+        w: [K, N], in the type of x.
+        right: B^T [*members, r, K], or its address: then it is made inside the kernel and never stored.
+        left: A^T [*members, r, N], likewise.
+        scale: [*members], for example the sign of a member.
+        implementation: see `kernels.use`.
+
+    Returns:
+        [*members, M, N] in the type of x; sums in f32.
+
+    Raises:
+        ValueError: shapes or types that do not fit, a rank below 1, a named kernel that cannot serve.
+    """
+    lead = (x.ndim - 2, right.ndim - 2, left.ndim - 2, scale.ndim)
+    if len(set(lead)) > 1 or w.ndim != 2 or lead[0] < 0:
+        raise ValueError(
+            f"matmul needs x [*members, M, K], w [K, N], right [*members, r, K], left [*members, r, N] and scale [*members] "
+            f"with as many member axes each; got {x.shape}, {w.shape}, {right.shape}, {left.shape} and {scale.shape}"
+        )
+    (k, n), rank = w.shape, right.shape[-2]
+    if x.shape[-1] != k or right.shape[-1] != k or left.shape[-2:] != (rank, n):
+        raise ValueError(
+            f"matmul of w {w.shape} needs x [.., {k}], right [.., r, {k}] and left [.., r, {n}]; got {x.shape}, "
+            f"{right.shape} and {left.shape}"
+        )
+    if rank < 1:
+        raise ValueError(f"the rank must be at least 1; got {rank}")
+    if x.dtype != w.dtype:
+        raise ValueError(f"x and w must be of one type; got {x.dtype} and {w.dtype}: cast one of them")
+    jnp.broadcast_shapes(x.shape[:-2], right.shape[:-2], left.shape[:-2], scale.shape)
+    chosen = _choose(x.dtype, w.shape, rank, (right, left), implementation)
+    fn = reference.matmul if chosen == "reference" else _KERNELS[chosen].matmul
+    parts, tree = jax.tree.flatten((right, left))
+    keys = jax.tree.leaves(
+        [dataclasses.replace(f, key=True, ids=False) if _generated(f) else False for f in (right, left)]
+    )
+
+    def call(w, x, scale, *parts):
+        return fn(x, w, *jax.tree.unflatten(tree, parts), scale)
+
+    return batching.leading(call, [True, False, False, *keys])(w, x, scale, *parts)
+
+
+def _generated(factor) -> bool:
+    return isinstance(factor, Generated)
+
+
+def _choose(dtype, w_shape, rank: int, factors: tuple, implementation: str | None) -> str:
+    made = [f.kind for f in factors if _generated(f)]
+    shape = f"x [*, {w_shape[0]}] {jnp.dtype(dtype).name}, w {list(w_shape)}, rank {rank}, {made or 'stored'} factors"
+
+    def unserved(kernel):
+        if rank > MAX_RANK:
+            return f"ranks go up to {MAX_RANK}"
+        if jnp.dtype(dtype) not in kernel.DTYPES:
+            return f"it takes {', '.join(jnp.dtype(d).name for d in kernel.DTYPES)}"
+        return ""
+
+    limits = {name: functools.partial(unserved, kernel) for name, kernel in _KERNELS.items()}
+    return dispatch.choose("lowrank_matmul", shape, limits, implementation)
+
+
+def serves(dtype: jnp.dtype, w_shape: tuple[int, int], rank: int, implementation: str | None = None) -> bool:
+    """Whether `matmul` of stored factors would run a kernel rather than the reference: for callers with a form of their own."""
+    return _choose(dtype, w_shape, rank, (), implementation) != "reference"
 
 
 def contract(

@@ -1,9 +1,20 @@
-"""Plain-JAX contraction of an activation with a factor; see `kernels.lowrank_matmul.api`."""
+"""Plain-JAX products with a perturbed weight; see `kernels.lowrank_matmul.api`."""
 
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array
+
+from kernels.noise_bits import Generated
+
+
+def matmul(x: Array, w: Array, right: Array | Generated, left: Array | Generated, scale: Array) -> Array:
+    """One product with w for all members that differ in x, and two small ones for each."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    right, left = (f.array() if isinstance(f, Generated) else f for f in (right, left))
+    base = jnp.matmul(x, w, preferred_element_type=wide)
+    t = scale[..., None, None] * jnp.einsum("...mk,...rk->...mr", x, right.astype(x.dtype), preferred_element_type=wide)
+    return (base + jnp.einsum("...mr,...rn->...mn", t, left.astype(wide))).astype(x.dtype)
 
 
 def contract(

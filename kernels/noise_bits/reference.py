@@ -50,20 +50,27 @@ def threefry4x32(key: Sequence[ArrayLike], counter: Sequence[ArrayLike]) -> list
     return x
 
 
-def _words(key: Sequence[ArrayLike], stream: Sequence[ArrayLike], count: int) -> jnp.ndarray:
-    """One elementwise expression: every element hashes its own block and keeps one of the four words.
+def words_at(key: Sequence[ArrayLike], stream: Sequence[ArrayLike], element: ArrayLike) -> jnp.ndarray:
+    """The words of single elements, u32, of the broadcast shape of all operands; also inside a kernel's tile.
 
-    XLA makes one loop of it. Hashing each block once and joining the four outputs is a quarter of the arithmetic, but XLA on
-    CPU then recomputes the shared rounds without bound (measured: 1 M words/s against 840 M words/s).
+    One elementwise expression: every element hashes its own block and keeps one of the four words. XLA makes one loop of it.
+    Hashing each block once and joining the four outputs is a quarter of the arithmetic, but XLA on CPU then recomputes the
+    shared rounds without bound (measured: 1 M words/s against 840 M words/s).
     """
-    shape = jnp.broadcast_shapes(*(jnp.shape(word) for word in (*key, *stream))) + (count,)
-    element = lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
-    block = (element // np.uint32(4 * LANES)) * np.uint32(LANES) + element % np.uint32(LANES)
-    which = (element // np.uint32(LANES)) % np.uint32(4)
-    lift = lambda word: jnp.asarray(word, jnp.uint32)[..., None]
-    out = threefry4x32([lift(word) for word in key], [block, *(lift(word) for word in stream)])
+    element = jnp.asarray(element, jnp.uint32)
+    # shifts for what is element // 512 * 128 + element % 128 and element // 128 % 4: not every kernel language divides
+    block = ((element >> np.uint32(9)) << np.uint32(7)) | (element & np.uint32(LANES - 1))
+    which = (element >> np.uint32(7)) & np.uint32(3)
+    out = threefry4x32(key, [block, *stream])
     low, high = jnp.where(which == 0, out[0], out[1]), jnp.where(which == 2, out[2], out[3])
     return jnp.where(which < 2, low, high)
+
+
+def _words(key: Sequence[ArrayLike], stream: Sequence[ArrayLike], count: int) -> jnp.ndarray:
+    shape = jnp.broadcast_shapes(*(jnp.shape(word) for word in (*key, *stream))) + (count,)
+    element = lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
+    lift = lambda word: jnp.asarray(word, jnp.uint32)[..., None]
+    return words_at([lift(word) for word in key], [lift(word) for word in stream], element)
 
 
 def words(key: Sequence[ArrayLike], stream: Sequence[ArrayLike], count: int) -> jnp.ndarray:
@@ -86,12 +93,20 @@ def once(fn: Callable, key: Sequence[jnp.ndarray], *args: Any) -> Any:
     return lax.platform_dependent(key, *args, cpu=guarded, default=fn)
 
 
-def gaussian(bits: jnp.ndarray) -> jnp.ndarray:
-    """One near-Gaussian per word; see `kernels.noise_bits.api.gaussian`."""
-    count = lax.population_count(bits >> np.uint32(16)).astype(jnp.int32) - 8
+def gaussian(bits: jnp.ndarray, ones: Callable = lax.population_count) -> jnp.ndarray:
+    """One near-Gaussian per word; see `kernels.noise_bits.api.gaussian`. `ones` counts the ones of 16 bits."""
+    count = ones(bits >> np.uint32(16)).astype(jnp.int32) - 8
     swapped = (bits << np.uint32(16)) | (bits >> np.uint32(16))
     fill = (lax.bitcast_convert_type(swapped ^ np.uint32(1 << 31), jnp.int32) >> 7) * 2 + 1
     return (count.astype(jnp.float32) + fill.astype(jnp.float32) * np.float32(2.0**-26)) * _GAUSSIAN_SCALE
+
+
+def ones_of_16(bits: jnp.ndarray) -> jnp.ndarray:
+    """Ones of 16 bits in plain arithmetic: not every kernel language has the instruction."""
+    bits = bits - ((bits >> np.uint32(1)) & np.uint32(0x5555))
+    bits = (bits & np.uint32(0x3333)) + ((bits >> np.uint32(2)) & np.uint32(0x3333))
+    bits = (bits + (bits >> np.uint32(4))) & np.uint32(0x0F0F)
+    return (bits + (bits >> np.uint32(8))) & np.uint32(0x1F)
 
 
 def signs(bits: jnp.ndarray, count: int) -> jnp.ndarray:

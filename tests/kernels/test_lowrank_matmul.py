@@ -1,10 +1,17 @@
-"""Contractions with a factor against einsum written out."""
+"""Products with perturbed weights: contractions against einsum, kernels against perturbations written out."""
 
+import functools
+import math
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kernels import lowrank_matmul
+from kernels.lowrank_matmul import layout
+from kernels.noise_bits import Generated
+from tests.kernels.harness import KERNELS, lowered, run
 
 
 @pytest.mark.parametrize(
@@ -33,3 +40,196 @@ def test_half_precision_accumulates_in_f32():
     got = lowrank_matmul.contract(x, [0, 1], jnp.ones(4096, jnp.bfloat16), [1], [0])
     assert got.dtype == jnp.float32
     assert float(got[0]) == 4096.0  # a bf16 accumulator would stop at 256
+
+
+# name -> leading axes of x, right, left and scale
+LAYOUTS = {
+    "one": ((), (), (), ()),
+    "independent": ((70,), (70,), (70,), (70,)),
+    "antithetic": ((40, 2), (40, 1), (40, 1), (1, 2)),
+    "crossed": ((1, 9, 16), (1, 1, 16), (1, 9, 1), (1, 1, 1)),
+    "crossed the other way": ((2, 9, 16), (2, 9, 1), (2, 1, 16), (1, 1, 1)),  # as of a transposed weight
+    "shared input": ((1, 1), (1, 20), (5, 1), (5, 20)),
+}
+DTYPE = {"pallas_tpu": jnp.float32, "pallas_gpu": jnp.bfloat16}
+
+
+def operands(name, rows, k, n, rank, dtype, kind=None):
+    """x, w, right, left, scale; factors stored, or of this kind of noise."""
+    of_x, of_right, of_left, of_scale = LAYOUTS[name]
+    keys = jax.random.split(jax.random.key(0), 5)
+    normal = lambda key, *shape: jax.random.normal(key, shape)
+    x, w = normal(keys[0], *of_x, rows, k).astype(dtype), (normal(keys[1], k, n) / math.sqrt(k)).astype(dtype)
+    right, left = normal(keys[2], *of_right, rank, k), normal(keys[3], *of_left, rank, n)
+    if kind:
+        ids = lambda lead: 3 + jnp.arange(math.prod(lead), dtype=jnp.uint32).reshape(lead)
+        key = jnp.array([1, 2, 3, 4], jnp.uint32)
+        right = Generated(key, ids(of_right), 5, 1, kind, rank, k)
+        left = Generated(key, ids(of_left), 5, 0, kind, rank, n)
+    return x, w, right, left, 0.1 * jnp.sign(normal(keys[4], *of_scale))
+
+
+def written_out(x, w, right, left, scale):
+    """x (W + scale B A^T), a member's whole weight at a time, in f64."""
+    wide = lambda a: np.asarray(a.array() if isinstance(a, Generated) else a, np.float64)
+    x, w, right, left, scale = map(wide, (x, w, right, left, scale))
+    return x @ (w + scale[..., None, None] * (np.swapaxes(right, -1, -2) @ left))
+
+
+def tolerance(dtype, factors, width):
+    """Of sums of `width` terms of size one / sqrt(width), and of a result in `dtype`; in bf16 factors and coefficients too."""
+    if dtype == jnp.float32:
+        return {"rtol": 1e-5, "atol": 1e-5}
+    return {"rtol": 2.0**-7, "atol": 0.1 * math.sqrt(width) * 2.0**-8 * factors}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+class TestKernels:
+    @pytest.mark.parametrize(
+        ("name", "rows", "k", "n", "rank"),
+        [
+            ("one", 300, 200, 300, 2),
+            ("independent", 1, 130, 140, 1),
+            ("independent", 3, 64, 128, 3),
+            ("antithetic", 1, 130, 129, 1),
+            ("crossed", 1, 128, 256, 1),
+            ("crossed", 4, 65, 96, 4),
+            ("crossed the other way", 1, 128, 40, 2),
+            ("shared input", 2, 96, 128, 1),
+            ("independent", 2, 32, 48, 16),
+        ],
+    )
+    def test_stored_factors(self, kernel, name, rows, k, n, rank):
+        self.compare(kernel, DTYPE[kernel], name, rows, k, n, rank)
+
+    def test_half_precision(self, kernel):
+        self.compare(kernel, jnp.bfloat16, "antithetic", 2, 200, 300, 2)
+
+    def compare(self, kernel, dtype, name, rows, k, n, rank):
+        args = operands(name, rows, k, n, rank, dtype)
+        got = run(kernel, functools.partial(lowrank_matmul.matmul, implementation=kernel), *args)
+        assert got.dtype == dtype
+        want = written_out(*args)
+        assert (
+            np.abs(want - np.asarray(args[0] @ args[1], np.float64)).max() > 0.2
+        )  # the perturbation is there to be seen
+        np.testing.assert_allclose(np.asarray(got, np.float64), want, **tolerance(dtype, 4 * rank, k))
+
+    @pytest.mark.parametrize(("kind", "n"), [("gaussian", 150), ("rademacher", 256)])
+    def test_factors_made_in_the_tile(self, kernel, kind, n):
+        dtype = DTYPE[kernel]
+        args = operands("crossed", 1, 64, n, 2, dtype, kind)
+        got = run(kernel, functools.partial(lowrank_matmul.matmul, implementation=kernel), *args)
+        np.testing.assert_allclose(np.asarray(got, np.float64), written_out(*args), **tolerance(dtype, 8, 64))
+
+    @pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
+    def test_the_bits_of_a_tile(self, kernel, kind):
+        """W = 0, x = B = e_1, one factor a member: the result is the left factor itself, bit for bit."""
+        dtype = DTYPE[kernel]
+        _, _, _, left, _ = operands("independent", 1, 8, 300, 1, dtype, kind)
+        one = jnp.ones((70, 1, 8), dtype).at[:, :, 1:].set(0)
+        args = (one, jnp.zeros((8, 300), dtype), one.astype(jnp.float32), left, jnp.ones(70))
+        got = run(kernel, functools.partial(lowrank_matmul.matmul, implementation=kernel), *args)
+        np.testing.assert_array_equal(got[:, 0], left.array()[:, 0].astype(dtype))
+
+    def test_vmap_is_one_call(self, kernel):
+        """Members of a crossed population by two vmaps: one kernel, whose result is that of leading axes."""
+        x, w, right, left, scale = operands("crossed", 1, 64, 96, 1, DTYPE[kernel])
+        member = functools.partial(lowrank_matmul.matmul, implementation=kernel)
+        columns = jax.vmap(member, (0, None, 0, None, None))
+        rows = jax.vmap(columns, (0, None, None, 0, None))
+        args = (x[0], w, right[0, 0], left[0, :, 0], scale[0, 0, 0])
+        got = run(kernel, rows, *args)
+        np.testing.assert_array_equal(got, run(kernel, member, x, w, right, left, scale)[0])
+        assert lowered(kernel, rows, *args).count("custom_call") == lowered(
+            kernel, member, x, w, right, left, scale
+        ).count("custom_call")
+
+    def test_lowers_at_the_shapes_of_models(self, kernel):
+        shape, dtype = jax.ShapeDtypeStruct, jnp.bfloat16
+        member = functools.partial(lowrank_matmul.matmul, implementation=kernel)
+        for k, n in ((4096, 14336), (8192, 8192), (1024, 3072)):
+            w = shape((k, n), dtype)
+            for lead, of_right, of_left in (((32, 32), (1, 32), (32, 1)), ((1024,), (1024,), (1024,))):
+                factors = shape((*of_right, 1, k), jnp.float32), shape((*of_left, 1, n), jnp.float32)
+                one = shape((1,) * len(lead), jnp.float32)
+                lowered(kernel, member, shape((*lead, 1, k), dtype), w, *factors, one)
+
+    def test_lowers_inside_a_loop_over_layers(self, kernel):
+        x, w, right, left, scale = operands("crossed", 1, 64, 64, 1, DTYPE[kernel])
+        stack = lambda a: jnp.stack([a, a])
+
+        def forward(x, w, right, left):
+            layer = lambda x, p: (lowrank_matmul.matmul(x, *p, scale, implementation=kernel), None)
+            return jax.lax.scan(layer, x, (w, right, left))[0]
+
+        lowered(kernel, forward, x, stack(w), stack(right), stack(left))
+
+
+@pytest.mark.parametrize(("tile", "lead", "of_left", "rows", "block"), [
+    (128, (128,), (128,), 1, 128),  # a factor a row
+    (128, (64, 2), (64, 1), 1, 64),  # a factor a pair
+    (64, (4, 32), (4, 1), 2, 16),  # one factor a tile: the smallest block
+    (64, (4, 32), (1, 32), 4, 16),  # two tiles a row of members, 16 factors each
+    (64, (8, 24), (1, 24), 1, 32),  # 24 factors in all
+    (64, (8, 80), (1, 80), 1, 0),  # tiles that wrap round: no block
+])  # fmt: skip
+def test_blocks_of_factors(tile, lead, of_left, rows, block):
+    owners = layout._owners(lead, of_left, rows)
+    assert len(owners) == math.prod(lead) * rows
+    assert layout._block(owners, tile) == block
+
+
+def test_wide_corrections_take_smaller_tiles():
+    x, _, right, left, scale = operands("independent", 2, 8, 16, 16, jnp.float32)
+    laid = layout.in_rows(x, right, left, scale, 256)
+    assert laid.tile == 128  # 128 factors of rank 16 would be 2,048 columns
+    assert laid.d.shape == (256, 64 * 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"w": jnp.ones((7, 5))}, r"needs x \[.., 7\]"),
+        ({"w": jnp.ones((8, 5), jnp.bfloat16)}, "of one type; got float32 and bfloat16"),
+        ({"right": jnp.ones((3, 0, 8)), "left": jnp.ones((3, 0, 5))}, "rank must be at least 1; got 0"),
+        ({"scale": jnp.ones(())}, "as many member axes each"),
+        ({"scale": jnp.ones(4)}, "[Ii]ncompatible shapes"),
+    ],
+)
+def test_bad_input(change, message):
+    good = {"x": jnp.ones((3, 2, 8)), "w": jnp.ones((8, 5)), "right": jnp.ones((3, 1, 8)), "left": jnp.ones((3, 1, 5))}
+    with pytest.raises(ValueError, match=message):
+        lowrank_matmul.matmul(**(good | {"scale": jnp.ones(3)} | change))
+
+
+def test_a_named_kernel_says_why_it_cannot_serve():
+    args = operands("independent", 1, 16, 16, 1, jnp.float32)
+    with pytest.raises(ValueError, match=r"lowrank_matmul of .* cannot run as 'pallas_tpu': the device is cpu"):
+        lowrank_matmul.matmul(*args, implementation="pallas_tpu")
+    with pytest.raises(ValueError, match="it takes bfloat16"):
+        run("pallas_gpu", functools.partial(lowrank_matmul.matmul, implementation="pallas_gpu"), *args)
+    x, w, right, left, scale = operands("one", 20, 32, 32, 17, jnp.bfloat16)
+    with pytest.raises(ValueError, match="ranks go up to 16"):
+        run(
+            "pallas_gpu",
+            functools.partial(lowrank_matmul.matmul, implementation="pallas_gpu"),
+            x,
+            w,
+            right,
+            left,
+            scale,
+        )
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_reference(name):
+    args = operands(name, 2, 24, 40, 2, jnp.float32, "rademacher" if name == "crossed" else None)
+    np.testing.assert_allclose(lowrank_matmul.matmul(*args), written_out(*args), rtol=1e-5, atol=1e-5)
+
+
+def test_a_batched_weight_is_a_loop():
+    x, w, right, left, scale = operands("one", 2, 24, 40, 2, jnp.float32)
+    got = jax.vmap(lowrank_matmul.matmul, (None, 0, None, None, None))(x, jnp.stack([w, 2 * w]), right, left, scale)
+    want = [written_out(x, v, right, left, scale) for v in (w, 2 * w)]
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
