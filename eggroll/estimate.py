@@ -87,10 +87,17 @@ def direction_weights(fitness: Array, population: Population) -> Array:
     return weights
 
 
-def _leaf_sum(leaf: Leaf, weights: Array, row: Array, column: Array | None) -> Array:
-    """sum_gij weights_gij E_gij for one leaf (without 1/sqrt(r)), in the leaf's shape, f32 or wider."""
-    dtype = jnp.promote_types(leaf.dtype, jnp.float32)
-    weights, row = weights.astype(dtype), row.astype(dtype)
+def _wide(leaf: Leaf) -> jnp.dtype:
+    return jnp.promote_types(leaf.dtype, jnp.float32)
+
+
+def _leaf_sum(leaf: Leaf, weights: Array, row: Array | tuple, column: Array | tuple | None) -> Array:
+    """sum_gij weights_gij E_gij for one leaf (without 1/sqrt(r)), in the leaf's shape, f32 or wider; of factors or addresses."""
+    dtype = _wide(leaf)
+    weights = weights.astype(dtype)
+    if leaf.low_rank and isinstance(row, tuple):
+        return noise.fold(leaf, es_update.update(weights, row, column))
+    row = row.astype(dtype)
     if leaf.low_rank:
         return noise.fold(leaf, es_update.update(weights, row, column.astype(dtype)))
     if column is None:
@@ -129,8 +136,17 @@ def gradients(
 
     def block_sum(block):
         w, rows, columns = block
-        drawn = noise.factors(active, key, place(rows), columns, rank, kind, population.columns > 1)
-        return [_leaf_sum(leaf, w, *parts) for leaf, *parts in zip(active, *drawn, strict=True)]
+        rows = place(rows)
+        # a kernel makes the factors of a matrix where it needs them: nothing is drawn for those
+        made = [leaf.low_rank and es_update.serves(_wide(leaf)) for leaf in active]
+        rest = [leaf for leaf, m in zip(active, made, strict=True) if not m]
+        drawn = iter(zip(*noise.factors(rest, key, rows, columns, rank, kind, population.columns > 1), strict=True))
+        address = lambda leaf: tuple(
+            noise.addresses(leaf, key, ids, role, rank, kind)
+            for ids, role in ((rows, noise.LEFT), (columns, noise.RIGHT))
+        )
+        parts = [address(leaf) if m else next(drawn) for leaf, m in zip(active, made, strict=True)]
+        return [_leaf_sum(leaf, w, *part) for leaf, part in zip(active, parts, strict=True)]
 
     per_block = population.size // population.blocks
     step = population.blocks if chunk is None else max(1, min(chunk // per_block, population.blocks))
@@ -144,7 +160,7 @@ def gradients(
 
 def _spread(leaf: Leaf, sigma: Array, rank: int) -> Array:
     """sigma * sqrt(r) for factors, sigma for full noise, in the accumulator's type."""
-    sigma = sigma.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+    sigma = sigma.astype(_wide(leaf))
     return sigma * math.sqrt(rank) if leaf.low_rank else sigma
 
 

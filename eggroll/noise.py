@@ -194,6 +194,15 @@ def factors(
     return side(rows, LEFT, ROW, True), side(columns, RIGHT, COLUMN, crossed)
 
 
+def addresses(
+    leaf: Leaf, key: Sequence[Array], ids: Array, role: int, rank: int, kind: str
+) -> tuple[noise_bits.Generated, ...]:
+    """One side of a low-rank leaf's noise, one address per stacked index: what `draw` gives, not drawn."""
+    words = jnp.stack([jnp.asarray(word, jnp.uint32) for word in (key[0], key[1], np.uint32(leaf.hash), key[2])])
+    size = leaf.extent("o" if role == LEFT else "i")
+    return tuple(noise_bits.Generated(words, ids, s, role, kind, rank, size) for s in range(leaf.extent("s")))
+
+
 class _Stream:
     """One request's words: how many rows and words a row, and what becomes of them."""
 

@@ -4,6 +4,6 @@
 faster path exists, and the oracle of every test.
 """
 
-from kernels.dispatch import use
+from kernels.dispatch import KernelError, use
 
-__all__ = ["use"]
+__all__ = ["KernelError", "use"]

@@ -19,6 +19,11 @@ IMPLEMENTATIONS = ("auto", "reference", "pallas_tpu", "pallas_gpu")
 _KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
 _MODES = ("device", "interpret", "lower")
 
+
+class KernelError(ValueError):
+    """A named kernel that cannot serve."""
+
+
 log = logging.getLogger("kernels")
 _wanted, _mode = "auto", "device"
 _logged: set[tuple[str, ...]] = set()
@@ -82,7 +87,8 @@ def choose(
         logged: whether the choice is logged.
 
     Raises:
-        ValueError: an unknown name, or a named kernel that cannot serve, with the reason.
+        ValueError: an unknown name.
+        KernelError: a named kernel that cannot serve, with the reason.
     """
     wanted = _wanted if implementation is None else implementation
     _check(wanted)
@@ -95,7 +101,7 @@ def choose(
     else:
         chosen, reason = wanted, "asked for"
         if unserved := _reason(kernels, wanted):
-            raise ValueError(
+            raise KernelError(
                 f"{op} of {shape} cannot run as {wanted!r}: {unserved}; use implementation='auto' or 'reference'"
             )
     if logged and (op, shape, chosen) not in _logged:

@@ -5,14 +5,18 @@
 The entry of this device whose sizes are nearest, in octaves, is used; without one, the default that the kernel states.
 """
 
+import contextlib
 import functools
 import json
 import math
 import pathlib
+from collections.abc import Iterator
 
 import jax
 
 _FOLDER = pathlib.Path(__file__).parent
+_asked: list[tuple[str, str, dict[str, int], dict[str, int]]] = []
+_forced: dict[str, int] = {}
 
 
 @functools.cache
@@ -30,6 +34,9 @@ def blocks(op: str, platform: str, default: dict[str, int], **shape: int) -> dic
         default: where nothing was tuned; also says which sizes there are.
         shape: the sizes that decide.
     """
+    _asked.append((op, platform, default, shape))
+    if _forced:
+        return default | _forced
     device = jax.devices()[0].device_kind
     known = [
         entry for entry in _entries(op, platform) if entry["device"] == device and entry["shape"].keys() == shape.keys()
@@ -43,3 +50,14 @@ def blocks(op: str, platform: str, default: dict[str, int], **shape: int) -> dic
 def up(size: int, multiple: int) -> int:
     """The next multiple."""
     return -(-size // multiple) * multiple
+
+
+@contextlib.contextmanager
+def trying(sizes: dict[str, int]) -> Iterator[list[tuple[str, str, dict[str, int], dict[str, int]]]]:
+    """These block sizes for whatever is traced inside; yields what is asked for: (op, platform, default, shape)."""
+    _asked.clear()
+    _forced.update(sizes)
+    try:
+        yield _asked
+    finally:
+        _forced.clear()

@@ -16,6 +16,8 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from kernels.dispatch import IMPLEMENTATIONS
+
 _OVERRIDE = re.compile(r"^--?(?:no)?config\.([^=\s]+)")
 _ABSENT = "(absent)"
 
@@ -30,6 +32,7 @@ class Arguments(NamedTuple):
     config: ml_collections.ConfigDict  # resolved and locked
     workdir: str | None
     tensorboard: bool  # also write TensorBoard event files
+    kernels: str  # see `kernels.use`
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
@@ -50,14 +53,14 @@ def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
 
 
 def parse(argv: Sequence[str] | None = None, workdir_required: bool = True) -> Arguments:
-    """Reads `--config`, its overrides, `--workdir` and `--tensorboard` from a command line.
+    """Reads `--config`, its overrides, `--workdir`, `--tensorboard` and `--kernels` from a command line.
 
     Args:
       argv: the command line with the program's name first; `sys.argv` if None.
       workdir_required: whether a missing `--workdir` is an error.
 
     Returns:
-      `Arguments(config, workdir, tensorboard)`. Bad input prints one message and exits with status 2; `--help` prints
+      `Arguments(config, workdir, tensorboard, kernels)`. Bad input prints one message and exits with status 2; `--help` prints
       what there is to say, the keys of a given `--config` included, and exits with status 0.
     """
     argv = list(sys.argv if argv is None else argv)
@@ -171,6 +174,7 @@ def _read(arguments: list[str], program: list[str]) -> Arguments:
     config_flags.DEFINE_config_file("config", None, "config file[:variant]", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "folder of this run", flag_values=values)
     flags.DEFINE_bool("tensorboard", False, "also write TensorBoard event files", flag_values=values)
+    flags.DEFINE_enum("kernels", "auto", IMPLEMENTATIONS, "implementation of the hot operations", flag_values=values)
     try:
         rest = values(argv)
     except flags.Error as error:
@@ -185,7 +189,7 @@ def _read(arguments: list[str], program: list[str]) -> Arguments:
     config = values["config"].value
     if config is not None and not isinstance(config, ml_collections.ConfigDict):
         raise ConfigError(f"get_config must return an ml_collections.ConfigDict, not {type(config).__name__}")
-    return Arguments(config, values["workdir"].value, values["tensorboard"].value)
+    return Arguments(config, values["workdir"].value, values["tensorboard"].value, values["kernels"].value)
 
 
 def _check_key(path: str, keys: Mapping[str, Any], argument: str) -> None:
@@ -209,7 +213,7 @@ def _listing(keys: Mapping[str, Any]) -> str:
 
 def _usage(argv: Sequence[str]) -> str:
     program = argv[0] if argv else "script"
-    return f"usage: {program} --config=FILE.py[:variant] [--config.key=value ...] --workdir=DIR [--tensorboard]"
+    return f"usage: {program} --config=FILE.py[:variant] [--config.key=value ...] --workdir=DIR [--tensorboard] [--kernels=auto]"
 
 
 def _help(argv: list[str]) -> str:
@@ -219,6 +223,7 @@ def _help(argv: list[str]) -> str:
         "  --config.key=value          overrides a key of the recipe",
         "  --workdir=DIR               folder of this run; the same command resumes what is in it",
         "  --tensorboard               also write TensorBoard event files",
+        f"  --kernels=auto              implementation of the hot operations: {', '.join(IMPLEMENTATIONS)}",
     ]
     if any(re.match("--?config(=|$)", argument) for argument in argv):
         lines += ["keys of this config:", _listing(flatten(_parse_flags(argv).config.to_dict()))]

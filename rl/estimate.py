@@ -20,7 +20,7 @@ from jax import Array, lax
 from eggroll import Estimate
 from kernels import token_logprob
 from rl.data.packing import Shape
-from rl.models.language import LanguageModel, Params
+from rl.models.language import LanguageModel, Params, head_of
 from rl.objectives.policy_gradient import Credit, Objective, loss
 from rl.types import TrainBatch
 
@@ -68,7 +68,7 @@ def completion_logp(
     at = jnp.where(real, at, 1).reshape(-1)  # each token is predicted by the hidden row before it
     score = functools.partial(
         token_logprob.log_prob,
-        head=functools.partial(model.head, params),
+        head=head_of(model, params),
         temperature=temperature,
         block=block or _block(),
     )

@@ -16,6 +16,7 @@ guarantee.
 import collections
 import fcntl
 import json
+import logging
 import math
 import os
 import signal
@@ -31,6 +32,7 @@ import jax
 import ml_collections
 import numpy as np
 
+import kernels
 from rl import checkpoint, progress
 from rl import config as config_lib
 
@@ -292,10 +294,14 @@ def launch(
     Returns:
       (workdir, result).
     """
-    config, workdir, tensorboard = config_lib.parse(argv)
+    config, workdir, tensorboard, implementation = config_lib.parse(argv)
+    kernels.use(implementation)
+    if implementation != "auto" or jax.default_backend() != "cpu":
+        logging.basicConfig(format="%(name)s: %(message)s")
+        logging.getLogger("kernels").setLevel(logging.INFO)
     try:
         return workdir, train(config, workdir, tensorboard)
-    except (config_lib.ConfigError, RunError, checkpoint.CheckpointError, *errors) as error:
+    except (kernels.KernelError, config_lib.ConfigError, RunError, checkpoint.CheckpointError, *errors) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 

@@ -21,6 +21,8 @@ def _dot_general(eqn, lhs, rhs):
     if is_weight(lhs) and is_weight(rhs):
         return NotImplemented
     w, x = (lhs, rhs) if is_weight(lhs) else (rhs, lhs)
+    if _plain_matrix(eqn, w, x, is_weight(lhs)):
+        return _fused(eqn, w, x, is_weight(lhs))
     plain = [side.base if is_weight(side) else side for side in (lhs, rhs)]
     base = eqn.primitive.bind(*plain, **eqn.params)
     labels, out, contracted = _labels(eqn.params["dimension_numbers"], lhs.ndim, rhs.ndim)
@@ -36,6 +38,28 @@ def _dot_general(eqn, lhs, rhs):
     )
     lacking = [a for a in out if a not in (*middle, *second[1])]  # axes the weight was broadcast along
     return base + jnp.expand_dims(y, [out.index(a) for a in lacking]).astype(base.dtype)
+
+
+def _plain_matrix(eqn, w: LowRank, x: Array, first: bool) -> bool:
+    """Whether this is x W with W [in, out], for which there is a kernel on this device."""
+    contract, batch = eqn.params["dimension_numbers"]
+    if w.ndim != 2 or batch[0] or contract[not first] != (0,) or x.dtype != w.base.dtype:
+        return False
+    sides = {(w.left.shape[:2], w.right.shape[:2]), (w.right.shape[:2], w.left.shape[:2])}
+    one_each = ((1, w.shape[1]), (w.shape[0], 1)) in sides
+    return one_each and lowrank_matmul.serves(x.dtype, w.shape, w.rank)
+
+
+def _fused(eqn, w: LowRank, x: Array, first: bool) -> Array:
+    """The product of the base, corrected while it is made."""
+    inner, outer = (w.right, w.left) if w.right.shape[0] == w.shape[0] else (w.left, w.right)
+    (axis,) = eqn.params["dimension_numbers"][0][first]
+    rows = jnp.moveaxis(x, axis, -1)
+    y = lowrank_matmul.matmul(
+        rows.reshape(-1, rows.shape[-1]), w.base, inner[:, 0].T, outer[0].T, w.scale, dtype=eqn.outvars[0].aval.dtype
+    )
+    y = y.reshape(*rows.shape[:-1], w.shape[1])
+    return jnp.moveaxis(y, -1, 0) if first else y
 
 
 def _labels(dimension_numbers, lhs_ndim: int, rhs_ndim: int):

@@ -5,8 +5,8 @@ compared are compiled, warmed up, and then timed in turn, round after round; a v
 
 `evolution`:
 
-* population_forward, `inference_over_forward`: five dense layers with bias and relu on N rows, plain, against N perturbed
-  members on one row each, noise drawn included.
+* population_forward, `inference_over_forward`: five dense layers with bias and relu on N x rows rows, plain, against N
+  perturbed members on so many rows each, noise drawn included.
 * es_update, `update_over_forward`: the estimate from N scores (noise drawn again), against that forward.
 * openes, `openes_over_eggroll`: forward and estimate with full-rank noise, against low-rank noise. Full-rank members are
   independent, or antithetic pairs (half the noise).
@@ -38,8 +38,15 @@ compared are compiled, warmed up, and then timed in turn, round after round; a v
   (`refresh_layers`) and not at the largest width, which has no Muon either. `state_over_adamw`: bytes of state;
   `memory_over_adamw`: of state and temporary memory, to which a program is compiled also for steps with a refresh (AdamW's own
   temporary memory is nothing: it is one loop).
+
+`kernels`:
+
+* kernels: every operation of `kernels/`, on inputs larger than caches. `roofline_over_kernel`: the time in which this device,
+  by a large plain product and a copy measured in the same run, could do the operations and move the bytes of the definition,
+  whichever takes longer, over the kernel's time (`roofline_over_reference` where there is no kernel for the device);
+  `reference_over_kernel`: its plain-JAX twin; `plain_over_kernel`: a plain product of the same rows without a population.
 """
 
-from experiments.bench import evolution, gradient, language, optimizers
+from experiments.bench import evolution, gradient, kernels, language, optimizers
 
-CASES = evolution.CASES | language.CASES | gradient.CASES | optimizers.CASES
+CASES = evolution.CASES | language.CASES | gradient.CASES | optimizers.CASES | kernels.CASES

@@ -1,5 +1,6 @@
 """Evolution strategies on dense layers and on control: see the package."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,25 +22,25 @@ def network(params, x):
     return x
 
 
-def _network(width: int, population: eggroll.Population, **settings):
-    """(strategy, state, rows [N, 1, width], score) of the dense network."""
+def _network(width: int, population: eggroll.Population, rows: int, **settings):
+    """(strategy, state, rows [N, rows, width], score) of the dense network."""
     keys = jax.random.split(jax.random.key(0), LAYERS)
     params = [{"w": jax.random.normal(k, (width, width)) / width**0.5, "b": jnp.zeros(width)} for k in keys]
     es = eggroll.strategy(optax.sgd(1e-2), population=population, sigma=1e-2, **settings)
-    rows = jax.random.normal(jax.random.key(1), (population.size, 1, width))
-    return es, es.init(params, jax.random.key(2)), rows, lambda params, x: jnp.sum(network(params, x))
+    batch = jax.random.normal(jax.random.key(1), (population.size, rows, width))
+    return es, es.init(params, jax.random.key(2)), batch, lambda params, x: jnp.sum(network(params, x))
 
 
-def _functions(width: int, population: eggroll.Population, **settings) -> dict[str, Callable[[], Any]]:
-    """Plain inference on N rows, the population's forward on the same rows, and the estimate, ready to time."""
-    es, state, rows, score = _network(width, population, **settings)
+def _functions(width: int, population: eggroll.Population, rows: int = 1, **settings) -> dict[str, Callable[[], Any]]:
+    """Plain inference on N x rows rows, the population's forward on the same rows, and the estimate, ready to time."""
+    es, state, batch, score = _network(width, population, rows, **settings)
     inference = jax.jit(lambda params, x: jnp.sum(network(params, x), axis=-1))
     forward = jax.jit(lambda state, x: es.evaluate(state, score, x, per_member=True))
     estimate = jax.jit(lambda state, scores: es.estimate(state, scores).gradient)
-    flat, scores = rows[:, 0], forward(state, rows)
+    flat, scores = batch.reshape(-1, width), forward(state, batch)
     return {
         "inference": lambda: inference(state.params, flat),
-        "forward": lambda: forward(state, rows),
+        "forward": lambda: forward(state, batch),
         "update": lambda: estimate(state, scores),
     }
 
@@ -54,9 +55,33 @@ def _dense_settings() -> Iterator[tuple[dict[str, Any], dict[str, Callable[[], A
                 yield setting, _functions(width, getattr(eggroll, design)(members), noise=noise, chunk=512)
 
 
+def _more_settings() -> Iterator[tuple[dict[str, Any], dict[str, Callable[[], Any]]]]:
+    """Crossed populations of other sizes, rows a member and ranks, up to 50 GFLOP."""
+    sizes = {256: (64, 1024, 4096, 16384), 1024: (64, 256, 1024, 4096), 4096: (64, 256)}
+    cells = [(width, members, 1, 1) for width, of in sizes.items() for members in of]
+    cells += [(width, members, 4, 1) for width, members in ((256, 4096), (1024, 256), (4096, 64))]
+    cells += [(width, members, 1, rank) for width, members in ((256, 4096), (1024, 256), (4096, 64)) for rank in (2, 4)]
+    for width, members, rows, rank in cells:
+        setting = {
+            "width": width,
+            "members": members,
+            "rows": rows,
+            "rank": rank,
+            "design": "crossed",
+            "noise": "gaussian",
+        }
+        chunk = 512 // rows
+        setting |= {"chunk": chunk} if members > chunk else {}
+        yield setting, _functions(width, eggroll.crossed(members), rows, rank=rank, chunk=chunk)
+
+
 def population_forward(repeats: int) -> Iterator[dict[str, Any]]:
     """Perturbed forward against plain batched inference."""
-    for setting, fns in _dense_settings():
+    done = []
+    for setting, fns in itertools.chain(_dense_settings(), _more_settings()):
+        if setting in done:
+            continue
+        done.append(setting)
         seconds = timed_in_turn({name: fns[name] for name in ("inference", "forward")}, repeats)
         yield row(setting, "inference_over_forward", seconds["inference"] / seconds["forward"], seconds, repeats)
 

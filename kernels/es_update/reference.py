@@ -4,8 +4,9 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def update(weights: Array, left: Array, right: Array) -> Array:
+def update(weights: Array, left, right) -> Array:
     """sum_gij weights * left_gi right_gj^T as two contractions."""
+    left, right = (jnp.stack([g.array() for g in f], axis=2) if isinstance(f, tuple) else f for f in (left, right))
     if weights.shape[1:] == (1, 1):
         weighted = weights[..., None, None] * right
     else:

@@ -23,6 +23,7 @@ def matmul(
     left: Array | Generated,
     scale: Array,
     *,
+    dtype: jnp.dtype | None = None,
     implementation: str | None = None,
 ) -> Array:
     """y = x W + scale (x B) A^T, with B and A the two factors of a low-rank perturbation of W.
@@ -37,10 +38,11 @@ def matmul(
         right: B^T [*members, r, K], or its address: then it is made inside the kernel and never stored.
         left: A^T [*members, r, N], likewise.
         scale: [*members], for example the sign of a member.
+        dtype: of the result; None: of x.
         implementation: see `kernels.use`.
 
     Returns:
-        [*members, M, N] in the type of x; sums in f32.
+        [*members, M, N]; sums in f32.
 
     Raises:
         ValueError: shapes or types that do not fit, a rank below 1, a named kernel that cannot serve.
@@ -63,7 +65,7 @@ def matmul(
         raise ValueError(f"x and w must be of one type; got {x.dtype} and {w.dtype}: cast one of them")
     jnp.broadcast_shapes(x.shape[:-2], right.shape[:-2], left.shape[:-2], scale.shape)
     chosen = _choose(x.dtype, w.shape, rank, (right, left), implementation)
-    fn = reference.matmul if chosen == "reference" else _KERNELS[chosen].matmul
+    fn = functools.partial((reference if chosen == "reference" else _KERNELS[chosen]).matmul, dtype=dtype or x.dtype)
     parts, tree = jax.tree.flatten((right, left))
     keys = jax.tree.leaves(
         [dataclasses.replace(f, key=True, ids=False) if _generated(f) else False for f in (right, left)]

@@ -21,7 +21,7 @@ from kernels.noise_bits.generated import tile as drawn
 DTYPES = (jnp.bfloat16,)
 
 
-def matmul(x: Array, w: Array, right: Array | Generated, left: Array | Generated, scale: Array) -> Array:
+def matmul(x: Array, w: Array, right: Array | Generated, left: Array | Generated, scale: Array, dtype) -> Array:
     """See `kernels.lowrank_matmul.api.matmul`. The scaled coefficients and the factors are rounded to bf16."""
     k, n = w.shape
     size = tuning.blocks("lowrank_matmul", "gpu", {"m": 128, "n": 128, "steps": 4}, k=k, n=n)
@@ -35,13 +35,13 @@ def matmul(x: Array, w: Array, right: Array | Generated, left: Array | Generated
         factor = [laid.left.key, ids, start]
     else:
         factor = [pad(laid.left, 0, -laid.left.shape[1] % bk, -n % size["n"])]
-    out = _product(x, w, d, blocks, factor, laid.left, laid.tile, size["n"], bk, size["steps"])
+    out = _product(x, w, d, blocks, factor, laid.left, dtype, laid.tile, size["n"], bk, size["steps"])
     count = math.prod(laid.lead) * laid.rows
     return out[:count, :n].reshape(*laid.lead, laid.rows, n)
 
 
 def _product(
-    x: Array, w: Array, d: Array, blocks: Array, factor: list[Array], left, bm: int, bn: int, bk: int, steps: int
+    x: Array, w: Array, d: Array, blocks: Array, factor: list[Array], left, dtype, bm: int, bn: int, bk: int, steps: int
 ) -> Array:
     tiles = mosaic_gpu.tiled(x.dtype)
 
@@ -96,14 +96,14 @@ def _product(
         plgpu.copy_smem_to_gmem(tile, out.at[pl.ds(row * bm, bm), pl.ds(column * bn, bn)])
         plgpu.wait_smem_to_gmem(0)
 
-    room = lambda *shape: plgpu.SMEM(shape, x.dtype, transforms=tiles)
+    room = lambda *shape, dtype=x.dtype: plgpu.SMEM(shape, dtype, transforms=mosaic_gpu.tiled(dtype))
     return mosaic_gpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), x.dtype),
+        out_type=jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), dtype),
         grid=(x.shape[0] // bm, w.shape[1] // bn),
         grid_names=("row", "column"),
         scratch_types=[
-            room(bm, bn),
+            room(bm, bn, dtype=jnp.dtype(dtype)),
             room(bm, bk),
             room(bk, bn),
             plgpu.SMEM((2, bk), jnp.uint32),

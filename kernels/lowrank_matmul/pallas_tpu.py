@@ -17,7 +17,7 @@ from kernels.noise_bits.generated import tile as drawn
 DTYPES = (jnp.bfloat16, jnp.float32)
 
 
-def matmul(x: Array, w: Array, right: Array | Generated, left: Array | Generated, scale: Array) -> Array:
+def matmul(x: Array, w: Array, right: Array | Generated, left: Array | Generated, scale: Array, dtype) -> Array:
     """See `kernels.lowrank_matmul.api.matmul`."""
     k, n = w.shape
     size = tuning.blocks("lowrank_matmul", "tpu", {"m": 256, "n": 512, "k": 512}, rows=x.shape[-2], k=k, n=n)
@@ -44,7 +44,7 @@ def matmul(x: Array, w: Array, right: Array | Generated, left: Array | Generated
         make = lambda j, a: a[0]
     out = pl.pallas_call(
         functools.partial(_body, make, "highest" if x.dtype == jnp.float32 else None),
-        out_shape=jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), x.dtype),
+        out_shape=jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=grid,

@@ -8,13 +8,13 @@ from jax import Array
 from kernels.noise_bits import Generated
 
 
-def matmul(x: Array, w: Array, right: Array | Generated, left: Array | Generated, scale: Array) -> Array:
+def matmul(x: Array, w: Array, right: Array | Generated, left: Array | Generated, scale: Array, dtype) -> Array:
     """One product with w for all members that differ in x, and two small ones for each."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     right, left = (f.array() if isinstance(f, Generated) else f for f in (right, left))
     base = jnp.matmul(x, w, preferred_element_type=wide)
     t = scale[..., None, None] * jnp.einsum("...mk,...rk->...mr", x, right.astype(x.dtype), preferred_element_type=wide)
-    return (base + jnp.einsum("...mr,...rn->...mn", t, left.astype(wide))).astype(x.dtype)
+    return (base + jnp.einsum("...mr,...rn->...mn", t, left.astype(wide))).astype(dtype)
 
 
 def contract(

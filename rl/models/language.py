@@ -1,10 +1,13 @@
 """What a language model is to the rest of the code: a configuration and pure functions of one sequence."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from kernels import token_logprob
 
 Params = dict[str, Any]
 Cache = Any
@@ -34,6 +37,7 @@ class LanguageModel(NamedTuple):
         routed: as forward, -> (hidden, cache, experts [layers, L, k] i32): also which experts were used, -1 in layers without.
             None for models without experts.
         head: (params, hidden [..., width]) -> logits [..., vocab], f32 (f64 for an f64 model).
+        matrix: params -> [width, vocab], the head as a matrix: logits are hidden @ matrix.
         rules: (pattern, form) for `eggroll.strategy(rules=...)`: axis letters of the stacked weights, "full" for vectors.
     """
 
@@ -43,7 +47,16 @@ class LanguageModel(NamedTuple):
     forward: Callable[..., tuple[jax.Array, Cache | None]]
     routed: Callable[..., tuple[jax.Array, Cache | None, jax.Array]] | None
     head: Callable[[Params, jax.Array], jax.Array]
+    matrix: Callable[[Params], jax.Array]
     rules: tuple[tuple[str, str], ...]
+
+
+def head_of(model: LanguageModel, params: Params) -> jax.Array | Callable[[jax.Array], jax.Array]:
+    """What `token_logprob.log_prob` is given as head: the matrix where a kernel serves it, else the function."""
+    config = model.config
+    if token_logprob.serves(config.width, config.vocab, jnp.dtype(config.dtype)):
+        return model.matrix(params)
+    return functools.partial(model.head, params)
 
 
 def segment_starts(segments: jax.Array) -> jax.Array:

@@ -89,6 +89,7 @@ def build(config: RWKV7Config) -> LanguageModel:
         forward=forward,
         routed=None,
         head=lambda params, hidden: module.apply({"params": params}, hidden, method="logits"),
+        matrix=lambda params: params["head"]["kernel"],
         rules=stacked_rules(jax.eval_shape(start_up, jax.random.key(0)), {"r_k": "full"}),
     )
 

@@ -113,6 +113,7 @@ def build(config: TransformerConfig) -> LanguageModel:
         forward=forward,
         routed=routed if config.experts else None,
         head=lambda params, hidden: module.apply({"params": params}, hidden, method="logits"),
+        matrix=lambda params: params["embed"]["embedding"].T if config.tied else params["head"]["kernel"],
         rules=stacked_rules(shapes, {"experts_gate": "sio", "experts_up": "sio", "experts_down": "sio"}),
     )
 

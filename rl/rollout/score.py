@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 
 from kernels import token_logprob
-from rl.models.language import LanguageModel, Params
+from rl.models.language import LanguageModel, Params, head_of
 
 
 def score(
@@ -63,6 +63,7 @@ def score_row(
     *,
     temperature: float | Array = 1.0,
     block: int = 128,
+    fused: bool = False,
 ) -> tuple[Array, Array]:
     """`score` of one sequence, a pure function of params: what `vmap`, `jax.grad` and `eggroll.perturbed_call` take.
 
@@ -70,6 +71,7 @@ def score_row(
         ids: [L].
         length: 1 to L, unchecked.
         block: positions whose logits exist at one time.
+        fused: by a kernel, where there is one: not for perturbed parameters, which no kernel of a whole head takes.
 
     Returns:
         (log-probabilities [L], entropies [L]).
@@ -79,14 +81,14 @@ def score_row(
     hidden, _ = model.forward(params, ids, None, 0, length)
     # masked before the head and after: a row without meaning may hold anything, and 0 * NaN in a gradient is NaN
     hidden = jnp.where(real[1:, None], hidden[:-1], 0)
-    head = functools.partial(model.head, params)
+    head = head_of(model, params) if fused else functools.partial(model.head, params)
     scores = token_logprob.log_prob(hidden, head, ids[1:], temperature=temperature, block=block)
     return jax.tree.map(lambda x: jnp.pad(jnp.where(real[1:], x, 0), (1, 0)), scores)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
 def _score(model, params, ids, lengths, temperature, block):
-    row = functools.partial(score_row, model, params, temperature=temperature, block=block)
+    row = functools.partial(score_row, model, params, temperature=temperature, block=block, fused=True)
     return jax.vmap(row)(ids, lengths)
 
 

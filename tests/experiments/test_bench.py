@@ -45,6 +45,7 @@ def small_settings():
 )
 def test_one_json_object_per_line(case, measure, parts, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(evolution, "_dense_settings", small_settings)
+    monkeypatch.setattr(evolution, "_more_settings", lambda: iter(()))
     harness.main([case, "--repeats=2", f"--out={tmp_path / 'out.jsonl'}"], bench.CASES)
     out, err = capsys.readouterr()
     rows = [json.loads(line) for line in out.splitlines()]

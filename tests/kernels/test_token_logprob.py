@@ -1,13 +1,15 @@
-"""Log-probabilities of given tokens in blocks: values by hand, a NumPy twin, gradients, and what is never formed."""
+"""Log-probabilities of given tokens: values by hand, a NumPy twin, gradients, what is never formed, kernels."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import token_logprob
+from kernels import dispatch, token_logprob, tuning
+from tests.kernels import harness
 
 
 def numpy_twin(hidden, head, ids, temperature=1.0):
@@ -203,6 +205,187 @@ def test_one_product_a_block_and_three_more_for_its_gradient():
     assert (count(programs()["array"]["forward"]), count(programs()["array"]["gradient"])) == (1, 4)
     naive_counts = count(programs()["naive"]["forward"]), count(programs()["naive"]["gradient"])
     assert naive_counts == (1, 3)
+
+
+@pytest.mark.parametrize("vocab", [32_768, 131_072])
+def test_memory_at_vocabularies_of_real_models(vocab):
+    # compiled, not run: a few blocks of logits, each 1/64 of the whole, and the head's gradient, 1/256
+    length, width, block = 4096, 16, 64
+    args = shapes(length, width, vocab, "float32")
+    for kind, most in (("forward", 1 / 16), ("gradient", 1 / 8)):
+        fn = lambda *a: sum(x.sum() for x in token_logprob.log_prob(*a, block=block))
+        fn = fn if kind == "forward" else jax.grad(fn, (0, 1))
+        used = jax.jit(fn).lower(*args).compile().memory_analysis().temp_size_in_bytes
+        assert block * vocab * 4 <= used < most * length * vocab * 4
+
+
+# -- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def shapes(length, width, vocab, dtype):
+    shape = jax.ShapeDtypeStruct
+    return shape((length, width), dtype), shape((width, vocab), dtype), shape((length,), "int32")
+
+
+def loss(implementation, hidden, head, ids, temperature=1.0):
+    logp, entropy = token_logprob.log_prob(hidden, head, ids, temperature=temperature, implementation=implementation)
+    return logp.sum() + 2 * entropy.sum()
+
+
+def largest(program: str) -> int:
+    """Elements of the largest array of a lowered program."""
+    arrays = re.findall(r"tensor<((?:\d+x)+)[a-z]", program)
+    return max(int(np.prod([int(n) for n in a.split("x")[:-1]])) for a in arrays)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(tuning, "blocks", lambda op, platform, default, **shape: default | {"m": 128, "n": 128})
+
+
+CASES = [
+    ("pallas_tpu", "bfloat16", 200, 72, 300),
+    ("pallas_tpu", "float32", 130, 24, 140),
+    ("pallas_tpu", "float32", 5, 7, 17),
+    ("pallas_tpu", "bfloat16", 0, 8, 256),
+    ("pallas_gpu", "bfloat16", 200, 72, 300),
+    ("pallas_gpu", "bfloat16", 0, 8, 256),
+]
+
+
+@pytest.mark.usefixtures("small_tiles")
+class TestKernels:
+    @pytest.mark.parametrize(("kernel", "dtype", "length", "width", "vocab"), CASES)
+    def test_values_and_gradients_are_those_of_the_reference(self, kernel, dtype, length, width, vocab, monkeypatch):
+        monkeypatch.setattr(token_logprob.api.pallas_gpu, "_SCORES", 200 * 200)  # two blocks, one over the other
+        hidden, head, ids = operands(length, width, vocab, dtype, 3 / width**0.5)
+        ids = ids.at[1:4].set(jnp.array([-1, vocab, vocab - 1])[:length])
+        weights = tuple(jax.random.normal(jax.random.key(7), (2, length)))
+
+        def both(implementation, *args):
+            fn = lambda h, w, t: token_logprob.log_prob(h, w, ids, temperature=t, implementation=implementation)
+            out, back = jax.vjp(fn, *args)
+            return out, back(weights)
+
+        got, gradients = harness.run(kernel, jax.jit(functools.partial(both, kernel)), hidden, head, 0.7)
+        wide = lambda x: x.astype(jnp.float32)
+        expected, wanted = both("reference", wide(hidden), wide(head), 0.7)
+        assert [x.shape for x in got] == [(length,)] * 2 and np.isnan(got[0]).sum() == 2 * (length > 0)
+        close(got, expected, 1e-5)  # f32 sums of the same products in another order, scores up to 20
+        # bf16: dz is rounded and so is the result, 2^-9 of each element at most; f32: sums of terms of both signs
+        rounding = 2**-8 if dtype == "bfloat16" else 5e-6
+        for a, b, like in zip(gradients[:2], wanted, (hidden, head), strict=False):
+            assert a.dtype == like.dtype and a.shape == like.shape
+            assert jnp.linalg.norm(wide(a) - b) <= rounding * jnp.linalg.norm(b)
+            assert jnp.abs(wide(a) - b).max(initial=0) <= 2 * rounding * jnp.abs(b).max(initial=0)
+            assert length == 0 or jnp.abs(b).max() > 0.1
+        # the temperature's is minus the sum of hidden times its gradient, over the temperature: terms that nearly cancel
+        assert jnp.abs(gradients[2] - wanted[2]) <= rounding * jnp.abs(wide(hidden) * wanted[0]).sum() / 0.7
+
+    @pytest.mark.parametrize("kernel", harness.KERNELS)
+    def test_vmap_over_two_axes_is_the_loop(self, kernel):
+        hidden, head, ids = operands(2 * 3 * 5, 16, 140, "bfloat16", 0.7)
+        hidden, ids, temperatures = hidden.reshape(2, 3, 5, 16), ids.reshape(2, 3, 5), jnp.array([0.7, 1.0, 1.3])
+
+        def total(implementation, hidden, head):
+            one = lambda h, i, t: loss(implementation, h, head, i, t)
+            return jax.vmap(jax.vmap(one, (0, 0, 0)), (0, 0, None))(hidden, ids, temperatures).sum()
+
+        got = harness.run(kernel, jax.jit(jax.value_and_grad(functools.partial(total, kernel), (0, 1))), hidden, head)
+        places = [(a, b) for a in range(2) for b in range(3)]
+        each = lambda h, w: sum(loss("reference", h[at], w, ids[at], temperatures[at[1]]) for at in places)
+        wide = [x.astype("float32") for x in (hidden, head)]
+        value, gradients = jax.value_and_grad(each, (0, 1))(*wide)
+        np.testing.assert_allclose(got[0], value, rtol=1e-6)
+        for a, b in zip(got[1], gradients, strict=True):
+            assert jnp.linalg.norm(a.astype("float32") - b) <= 2**-8 * jnp.linalg.norm(b)
+
+    def test_several_heads_and_a_gradient_for_each_sequence(self):
+        hidden, head, ids = (jnp.stack(x) for x in zip(*(operands(9, scale=s) for s in (0.5, 1.0)), strict=True))
+        several = lambda how, w: jax.grad(lambda w: jax.vmap(functools.partial(loss, how))(hidden, w, ids).sum())(w)
+        each = lambda how, w: jax.vmap(jax.grad(functools.partial(loss, how), 1), (0, None, 0))(hidden, w, ids)
+        for gradient, w in ((several, head), (each, head[0])):
+            got = harness.run("pallas_tpu", jax.jit(functools.partial(gradient, "pallas_tpu")), w)
+            close([got], [gradient("reference", w)], 1e-4)
+
+    def test_inside_of_checkpoint_and_scan(self):
+        hidden, head, ids = operands(8)
+
+        def total(how, head):
+            one = jax.checkpoint(lambda h, i: loss(how, h, head, i))
+            return jax.lax.scan(
+                lambda sum_, x: (sum_ + one(*x), None), 0.0, (hidden.reshape(2, 4, 6), ids.reshape(2, 4))
+            )[0]
+
+        got = harness.run("pallas_tpu", jax.grad(functools.partial(total, "pallas_tpu")), head)
+        close([got], [jax.grad(functools.partial(total, "reference"))(head)], 1e-4)
+
+    def test_forward_mode_says_that_there_is_none(self):
+        hidden, head, ids = operands()
+        push = lambda head: jax.jvp(lambda w: loss("pallas_tpu", hidden, w, ids), (head,), (head,))
+        with pytest.raises(NotImplementedError, match="reverse-mode derivatives alone.*'reference'"):
+            harness.run("pallas_tpu", jax.jit(push), head)
+
+
+@pytest.mark.parametrize("kernel", harness.KERNELS)
+@pytest.mark.parametrize(
+    ("length", "width", "vocab"), [(4096, 2560, 151_936), (512, 768, 50_257), (300, 16_384, 32_000)]
+)
+def test_lowers_at_shapes_of_models_and_forms_no_logits(kernel, length, width, vocab):
+    # the padded head is the largest array of a forward pass; a gradient on a GPU has blocks of 2^26 scores
+    shape = shapes(length, width, vocab, "bfloat16")
+    temperature = jax.ShapeDtypeStruct((), "float32")
+    for fn in (loss, jax.grad(loss, (1, 2, 4))):
+        program = harness.lowered(kernel, functools.partial(fn, kernel), *shape, temperature)
+        head = width * (vocab + -vocab % 128)
+        assert largest(program) <= max(head, 2**26 if fn is not loss else 0)
+        assert length < width or largest(program) < length * vocab
+
+
+def test_f32_lowers_for_a_tpu():
+    fn = jax.grad(functools.partial(loss, "pallas_tpu"), (0, 1))
+    assert harness.lowered("pallas_tpu", fn, *shapes(1001, 896, 151_936, "float32")).count("@tpu_custom_call") == 3
+
+
+@pytest.mark.parametrize("kernel", harness.KERNELS)
+def test_sequences_are_rows_of_one_call_and_the_heads_gradient_is_summed_inside(kernel):
+    hidden, head, ids = shapes(64, 512, 32_768, "bfloat16")
+    many = lambda x: jax.ShapeDtypeStruct((8, *x.shape), x.dtype)
+    total = lambda h, w, i: jax.vmap(functools.partial(loss, kernel), (0, None, 0))(h, w, i).sum()
+    call = {"pallas_tpu": "@tpu_custom_call", "pallas_gpu": "@mosaic_gpu"}[kernel]
+    program = lambda fn: harness.lowered(kernel, fn, many(hidden), head, many(ids))
+    counts = lambda text: (text.count(call), text.count("stablehlo.while"))
+    assert counts(program(total)) == (1, 0)  # no loop over sequences
+    gradient = program(jax.grad(total, (0, 1)))
+    assert counts(gradient) == {"pallas_tpu": (3, 0), "pallas_gpu": (1, 2)}[kernel]  # two loops over the vocabulary
+    assert largest(gradient) == 512 * 32_768  # one head, where one for each sequence would be 8 times this
+
+
+def test_dispatch():
+    hidden, head, ids = operands()
+    with pytest.raises(ValueError, match="cannot run as 'pallas_tpu': the device is cpu"):
+        token_logprob.log_prob(hidden, head, ids, implementation="pallas_tpu")
+    program = lambda how: str(
+        jax.make_jaxpr(functools.partial(token_logprob.log_prob, implementation=how))(hidden, head, ids)
+    )
+    assert program(None) == program("auto") == program("reference")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtypes", "width", "reason"),
+    [
+        ("pallas_tpu", ("float32", "float32"), 6, "the head is a function: give its matrix"),
+        ("pallas_tpu", ("bfloat16", "float32"), 6, "of one type, bfloat16 or float32"),
+        ("pallas_gpu", ("float32", "float32"), 6, "of one type, bfloat16;"),
+        ("pallas_tpu", ("bfloat16", "bfloat16"), 16_385, "all of D, up to 16384 for bfloat16"),
+        ("pallas_tpu", ("float32", "float32"), 8193, "all of D, up to 8192 for float32"),
+    ],
+)
+def test_what_a_kernel_does_not_serve_is_refused_with_the_reason(kernel, dtypes, width, reason):
+    hidden, head = jnp.ones((1, width), dtypes[0]), jnp.ones((width, 2), dtypes[1])
+    head = functools.partial(jnp.matmul, b=head) if "function" in reason else head
+    with dispatch.mode("interpret"), pytest.raises(ValueError, match=f"token_logprob of .*{reason}"):
+        token_logprob.log_prob(hidden, head, jnp.array([0]), implementation=kernel)
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------
