@@ -92,7 +92,7 @@ def _wide(leaf: Leaf) -> jnp.dtype:
 
 
 def _leaf_sum(leaf: Leaf, weights: Array, row: Array | tuple, column: Array | tuple | None) -> Array:
-    """sum_gij weights_gij E_gij for one leaf (without 1/sqrt(r)), in the leaf's shape, f32 or wider; of factors or addresses."""
+    """sum_gij weights_gij E_gij of a leaf (without 1/sqrt(r)), of factors or their addresses: its shape, f32 or wider."""
     dtype = _wide(leaf)
     weights = weights.astype(dtype)
     if leaf.low_rank and isinstance(row, tuple):

@@ -19,7 +19,7 @@ from eggroll.members import Drawn, map_members, mapped, perturbed
 from eggroll.perturb import RULES as PERTURBATION_RULES
 from eggroll.perturb import Interpreter, LowRank
 from eggroll.population import Population
-from kernels import noise_bits
+from kernels import dispatch, noise_bits
 
 Score = Callable[[Any, Any], Any]
 
@@ -99,7 +99,8 @@ class Strategy:
         lead = (self.population.size,) if per_member else ()
         _check_batch(batch, lead)
         chex.assert_shape(state.generation, ())
-        out = self._members(state, _scalar(score, has_aux), batch, per_member)
+        with dispatch.refused(self._split()):
+            out = self._members(state, _scalar(score, has_aux), batch, per_member)
         return out if has_aux else out[0]
 
     def draw(self, state: State) -> Drawn:
@@ -154,10 +155,11 @@ class Strategy:
             raise ValueError(f"shaping must return [{self.population.size}] numbers; got shape {shaped.shape}")
         sigma = self._sigma(state)
         plan = self._plan(state.params)
-        ascent = gradients(
-            plan, self.population, shaped, self._noise_key(state), sigma,
-            rank=self.rank, kind=self.noise, chunk=self.chunk, place=self._place,
-        )  # fmt: skip
+        with dispatch.refused(self._split()):
+            ascent = gradients(
+                plan, self.population, shaped, self._noise_key(state), sigma,
+                rank=self.rank, kind=self.noise, chunk=self.chunk, place=self._place,
+            )  # fmt: skip
         leaves, tree = jax.tree.flatten(state.params)
         descent = [jnp.zeros_like(p) if g is None else -g for p, g in zip(leaves, ascent, strict=True)]
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in ascent if g is not None))
@@ -199,6 +201,12 @@ class Strategy:
 
     def _noise_key(self, state: State) -> tuple[Array, Array, Array]:
         return (*noise.seed_words(state.key), (state.generation // self.reuse).astype(jnp.uint32))
+
+    def _split(self) -> str:
+        """Why no kernel can serve this strategy, or ""."""
+        if self.mesh is None or self.mesh.size == 1:
+            return ""
+        return "the compiler divides the members over the mesh, and it cannot divide a kernel"
 
     def _place(self, ids: Array) -> Array:
         """Spreads members over the mesh: by blocks where there are several, else by rows."""

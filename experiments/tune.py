@@ -1,8 +1,8 @@
 """Block sizes of the kernels for the device at hand: `python -m experiments.tune [OP ...]`.
 
 At every size that `experiments.bench kernels` measures, each block size is doubled and halved in turn, as long as that is
-faster, and the fastest are written into `kernels/<op>/tuned.json` with device, shape, seconds and versions. An entry of the same
-device and shape is replaced. Sizes that do not compile (too much shared memory, say) are passed over and counted.
+faster, and the fastest are written into `kernels/<op>/tuned.json` with device, shape, seconds and versions. An entry of
+the same device and shape is replaced. Sizes that do not compile (too much shared memory, say) are passed over and counted.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def seconds_of(work: Work, implementation: str, sizes: dict[str, int]) -> tuple[
             jax.block_until_ready(program(*work.operands))
         except kernels.KernelError:
             raise
-        except Exception as error:  # a compiler has no one way of saying that a tile is too large
+        except Exception as error:  # noqa: BLE001  a compiler says in many ways that a tile is too large
             print(f"{work.op} {sizes}: {str(error).splitlines()[0][:120]}", file=sys.stderr)
             return float("inf"), list(asked)
         asked = list(asked)
@@ -44,7 +44,7 @@ def seconds_of(work: Work, implementation: str, sizes: dict[str, int]) -> tuple[
 
 
 def climb(measure: Callable[[dict[str, int]], float], start: dict[str, int]) -> tuple[dict[str, int], float, int]:
-    """(sizes no neighbour of which is faster, their seconds, how many were tried); a neighbour has one size doubled or halved."""
+    """(sizes, seconds, how many were tried): no neighbour, with one size doubled or halved, is faster."""
     tried = {tuple(start.values()): measure(start)}
     best = start
     while True:

@@ -1,4 +1,4 @@
-"""`vmap` over a kernel: one call with more rows, never one call per member."""
+"""What transformations make of a kernel: under `vmap` one call with more rows, under `grad` the reference's gradient."""
 
 from collections.abc import Callable, Sequence
 
@@ -40,4 +40,17 @@ def leading(fn: Callable[..., Array | tuple[Array, ...]], fixed: Sequence[bool] 
             out = jax.tree.map(full, out)
         return out, jax.tree.map(lambda _: True, out)
 
+    return call
+
+
+def differentiable(fn: Callable, reference: Callable) -> Callable:
+    """fn with the gradient of its reference, which computes anew what it needs; reverse mode alone."""
+
+    @jax.custom_vjp
+    def call(*operands):
+        return fn(*operands)
+
+    call.defvjp(
+        lambda *operands: (fn(*operands), operands), lambda operands, bar: jax.vjp(reference, *operands)[1](bar)
+    )
     return call

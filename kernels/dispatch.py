@@ -25,7 +25,7 @@ class KernelError(ValueError):
 
 
 log = logging.getLogger("kernels")
-_wanted, _mode = "auto", "device"
+_wanted, _mode, _refusal = "auto", "device", ""
 _logged: set[tuple[str, ...]] = set()
 
 
@@ -63,6 +63,17 @@ def mode(how: str) -> Iterator[None]:
         yield
     finally:
         _mode = before
+
+
+@contextlib.contextmanager
+def refused(reason: str) -> Iterator[None]:
+    """No kernel serves what is traced inside, for this reason; "" changes nothing."""
+    global _refusal
+    before, _refusal = _refusal, reason or _refusal
+    try:
+        yield
+    finally:
+        _refusal = before
 
 
 def interpreted() -> bool:
@@ -113,7 +124,7 @@ def choose(
 def _reason(kernels: Mapping[str, Callable[[], str]], name: str) -> str:
     if name not in kernels:
         return f"it has no such kernel (it has {', '.join(kernels)})"
-    return (_mode == "device" and _device(name)) or kernels[name]()
+    return (_mode == "device" and _device(name)) or _refusal or kernels[name]()
 
 
 @functools.cache

@@ -213,7 +213,8 @@ def _listing(keys: Mapping[str, Any]) -> str:
 
 def _usage(argv: Sequence[str]) -> str:
     program = argv[0] if argv else "script"
-    return f"usage: {program} --config=FILE.py[:variant] [--config.key=value ...] --workdir=DIR [--tensorboard] [--kernels=auto]"
+    asked = "--config=FILE.py[:variant] [--config.key=value ...] --workdir=DIR [--tensorboard] [--kernels=auto]"
+    return f"usage: {program} {asked}"
 
 
 def _help(argv: list[str]) -> str:

@@ -147,7 +147,7 @@ def works() -> Iterator[Work]:
 
 @functools.cache
 def _device(dtype: str) -> tuple[float, float]:
-    """(operations, bytes) per second of this device: of a large plain product in this type, and of scaling an array in place."""
+    """(operations, bytes) per second of this device: of a large plain product in this type, and of scaling an array."""
     n = 2048 if jax.default_backend() == "cpu" else 8192
     kind = {"int8": (jnp.int8, jnp.int32), "float32": (jnp.float32,) * 2, "bfloat16": (jnp.bfloat16, jnp.float32)}[
         dtype

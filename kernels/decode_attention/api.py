@@ -15,7 +15,7 @@ def attend(q: Array, k: Array, v: Array, length: Array | int, *, implementation:
     """softmax(q k / sqrt(D)) v over the first `length` entries of a cache, scores and softmax in f32 or wider.
 
     Slots, and members over them, are added by `vmap`: a kernel is called once for all, and reads a cache that some share where
-    it lies. The kernels are for generation: gradients are the reference's alone.
+    it lies. The gradient is the reference's.
 
     Args:
         q: [H, D], one token's queries; head h reads key-value head h // (H / G).
@@ -37,7 +37,8 @@ def attend(q: Array, k: Array, v: Array, length: Array | int, *, implementation:
     chosen = _choose(q, k, v, implementation)
     if chosen == "reference":
         return reference.attend(q, k, v, length)
-    return batching.leading(_KERNELS[chosen].attend)(q, k, v, jnp.asarray(length, jnp.int32))
+    call = batching.differentiable(batching.leading(_KERNELS[chosen].attend), reference.attend)
+    return call(q, k, v, jnp.asarray(length, jnp.int32))
 
 
 def _choose(q: Array, k: Array, v: Array, implementation: str | None) -> str:

@@ -65,16 +65,19 @@ def matmul(
         raise ValueError(f"x and w must be of one type; got {x.dtype} and {w.dtype}: cast one of them")
     jnp.broadcast_shapes(x.shape[:-2], right.shape[:-2], left.shape[:-2], scale.shape)
     chosen = _choose(x.dtype, w.shape, rank, (right, left), implementation)
-    fn = functools.partial((reference if chosen == "reference" else _KERNELS[chosen]).matmul, dtype=dtype or x.dtype)
+    dtype = dtype or x.dtype
+    if chosen == "reference":
+        return reference.matmul(x, w, right, left, scale, dtype)
     parts, tree = jax.tree.flatten((right, left))
     keys = jax.tree.leaves(
         [dataclasses.replace(f, key=True, ids=False) if _generated(f) else False for f in (right, left)]
     )
 
-    def call(w, x, scale, *parts):
-        return fn(x, w, *jax.tree.unflatten(tree, parts), scale)
+    def call(fn, w, x, scale, *parts):
+        return fn(x, w, *jax.tree.unflatten(tree, parts), scale, dtype)
 
-    return batching.leading(call, [True, False, False, *keys])(w, x, scale, *parts)
+    own, plain = (functools.partial(call, fn) for fn in (_KERNELS[chosen].matmul, reference.matmul))
+    return batching.differentiable(batching.leading(own, [True, False, False, *keys]), plain)(w, x, scale, *parts)
 
 
 def _generated(factor) -> bool:

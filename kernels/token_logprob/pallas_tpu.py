@@ -19,7 +19,7 @@ DTYPES = (jnp.bfloat16, jnp.float32)
 MAX_ROW = 32 * 1024  # bytes of a row of x
 _LANES = 128
 _LOWEST = -1e30  # exp gives 0, and products with that 0 too, unlike -inf
-_VMEM = 48 * 2**20
+_VMEM = 60 * 2**20  # of 64 MiB a core or more: what the largest D needs in f32
 
 
 def unserved(d: int, v: int, dtype: jnp.dtype) -> str:
@@ -74,7 +74,7 @@ def d_head(x: Array, w: Array, *numbers: Array) -> Array:
 
 
 def _sizes(x: Array, w: Array) -> tuple[int, int]:
-    """Rows and columns of a tile: 2 MiB of x and of the head where that is 128 to 512 of each, 40 MiB in the largest kernel."""
+    """Rows and columns of a tile: as many of each, 128 to 512, as have 2 MiB of x and of the head; at least 128."""
     d, v = w.shape
     side = next((s for s in (512, 256) if s * d * x.dtype.itemsize <= 2 * 2**20), 128)
     size = tuning.blocks("token_logprob", "tpu", {"m": side, "n": side}, d=d, v=v)

@@ -264,3 +264,12 @@ class TestKernels:
 def test_shapes_that_do_not_fit_are_refused(q, k, v):
     with pytest.raises(ValueError, match="H a multiple of G; got"):
         attend(jnp.zeros(q), jnp.zeros(k), jnp.zeros(v), 1)
+
+
+def test_the_gradient_is_that_of_the_reference():
+    q, k, v = operands(4, 2, 8)
+    loss = lambda name: lambda *operands: jnp.sum(jnp.sin(attend(*operands, 7, implementation=name)))
+    got = harness.run("pallas_tpu", jax.grad(loss("pallas_tpu"), argnums=(0, 1, 2)), q, k, v)
+    for a, b in zip(got, jax.grad(loss("reference"), argnums=(0, 1, 2))(q, k, v), strict=True):
+        assert np.abs(b).max() > 0.01
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)

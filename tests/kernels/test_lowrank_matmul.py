@@ -228,8 +228,19 @@ def test_the_reference(name):
     np.testing.assert_allclose(lowrank_matmul.matmul(*args), written_out(*args), rtol=1e-5, atol=1e-5)
 
 
-def test_a_batched_weight_is_a_loop():
+def test_gradients_are_those_of_the_reference():
+    x, w, right, left, scale = operands("crossed", 2, 24, 40, 2, jnp.float32)
+    loss = lambda name: lambda *args: jnp.sum(jnp.sin(lowrank_matmul.matmul(*args, scale, implementation=name)))
+    gradient = lambda name: jax.grad(loss(name), argnums=(0, 1, 2, 3))(x, w, right, left)
+    got = run("pallas_tpu", lambda: gradient("pallas_tpu"))
+    for a, b in zip(got, gradient("reference"), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["reference", "pallas_tpu"])
+def test_a_batched_weight_is_a_loop(name):
     x, w, right, left, scale = operands("one", 2, 24, 40, 2, jnp.float32)
-    got = jax.vmap(lowrank_matmul.matmul, (None, 0, None, None, None))(x, jnp.stack([w, 2 * w]), right, left, scale)
+    each = jax.vmap(functools.partial(lowrank_matmul.matmul, implementation=name), (None, 0, None, None, None))
+    got = run("pallas_tpu", each, x, jnp.stack([w, 2 * w]), right, left, scale)
     want = [written_out(x, v, right, left, scale) for v in (w, 2 * w)]
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
