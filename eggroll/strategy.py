@@ -118,7 +118,8 @@ class Strategy:
     def evaluate_mean(self, state: State, score: Score, batch, *, has_aux: bool = False):
         """Scores [E] of the unperturbed mean parameters on every row of the batch (and aux [E, ...])."""
         _check_batch(batch, ())
-        out = jax.vmap(functools.partial(_scalar(score, has_aux), state.params))(batch)
+        with dispatch.refused(self._split()):
+            out = jax.vmap(functools.partial(_scalar(score, has_aux), state.params))(batch)
         return out if has_aux else out[0]
 
     def uses(self, state: State, score: Score, row) -> list[tuple[str, str, bool]]:

@@ -12,8 +12,10 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import jax
+from jax.sharding import AxisType
 
 IMPLEMENTATIONS = ("auto", "reference", "pallas_tpu", "pallas_gpu")
 _KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
@@ -24,29 +26,30 @@ class KernelError(ValueError):
     """A named kernel that cannot serve."""
 
 
+class _Setting(NamedTuple):
+    wanted: str = "auto"
+    mode: str = "device"
+    refusal: str = ""
+
+
 log = logging.getLogger("kernels")
-_wanted, _mode, _refusal = "auto", "device", ""
+_setting = jax.make_user_context(_Setting())  # part of what `jax.jit` remembers a trace by
 _logged: set[tuple[str, ...]] = set()
 
 
 def use(implementation: str) -> None:
-    """Sets what every operation runs with from now on, in this process; functions compiled before are compiled anew.
+    """Sets what every operation runs with from now on, in this process; jitted functions are traced anew.
 
     Raises:
         ValueError: an unknown name.
     """
-    global _wanted
     _check(implementation)
-    if implementation != _wanted:
-        _wanted = implementation
-        jax.clear_caches()
+    _setting.set_global(_setting.value._replace(wanted=implementation))
 
 
 @contextlib.contextmanager
 def mode(how: str) -> Iterator[None]:
     """How kernels are traced inside: for tests, and to compile on one machine for another.
-
-    A function jitted before keeps what it was traced with.
 
     Args:
         how: "device": for the device at hand, an error where it is another than the kernel's. "interpret": run on a CPU by
@@ -55,30 +58,22 @@ def mode(how: str) -> Iterator[None]:
     Raises:
         ValueError: an unknown mode.
     """
-    global _mode
     if how not in _MODES:
         raise ValueError(f"mode is one of {_MODES}; got {how!r}")
-    before, _mode = _mode, how
-    try:
+    with _setting(_setting.value._replace(mode=how)):
         yield
-    finally:
-        _mode = before
 
 
 @contextlib.contextmanager
 def refused(reason: str) -> Iterator[None]:
     """No kernel serves what is traced inside, for this reason; "" changes nothing."""
-    global _refusal
-    before, _refusal = _refusal, reason or _refusal
-    try:
+    with _setting(_setting.value._replace(refusal=reason or _setting.value.refusal)):
         yield
-    finally:
-        _refusal = before
 
 
 def interpreted() -> bool:
     """Whether kernels traced now are to be interpreted."""
-    return _mode == "interpret"
+    return _setting.value.mode == "interpret"
 
 
 def choose(
@@ -101,13 +96,13 @@ def choose(
         ValueError: an unknown name.
         KernelError: a named kernel that cannot serve, with the reason.
     """
-    wanted = _wanted if implementation is None else implementation
+    wanted = _setting.value.wanted if implementation is None else implementation
     _check(wanted)
     if wanted == "reference":
         chosen, reason = wanted, "asked for"
     elif wanted == "auto":
-        name = _KERNELS.get(jax.default_backend())
-        reason = _reason(kernels, name) if name else f"no kernels for {jax.default_backend()}"
+        name = _KERNELS.get(_platform())
+        reason = (_undivided() or _reason(kernels, name)) if name else f"no kernels for {_platform()}"
         chosen, reason = ("reference", reason) if reason else (name, "written for this device")
     else:
         chosen, reason = wanted, "asked for"
@@ -121,16 +116,43 @@ def choose(
     return chosen
 
 
+def passed(op: str, shape: str, reason: str) -> None:
+    """Logs that a caller with a form of its own for what no kernel computes uses that form, once per shape."""
+    if (op, shape, "passed") not in _logged:
+        _logged.add((op, shape, "passed"))
+        log.info("%s of %s does not run as a kernel: %s", op, shape, reason)
+
+
 def _reason(kernels: Mapping[str, Callable[[], str]], name: str) -> str:
     if name not in kernels:
         return f"it has no such kernel (it has {', '.join(kernels)})"
-    return (_mode == "device" and _device(name)) or _refusal or kernels[name]()
+    setting = _setting.value
+    return (setting.mode == "device" and _device(name, _platform())) or setting.refusal or kernels[name]()
+
+
+def _platform() -> str:
+    """Of the device that what is traced now will run on."""
+    chosen = jax.config.jax_default_device
+    return jax.default_backend() if chosen is None else getattr(chosen, "platform", chosen)
+
+
+def _undivided() -> str:
+    """Why no kernel may be chosen unasked on a machine of several devices, or "".
+
+    Outside of `jax.shard_map` the compiler divides arrays as it likes, and it cannot divide a kernel.
+    """
+    manual = any(kind == AxisType.Manual for kind in jax.sharding.get_abstract_mesh().axis_types)
+    if jax.device_count() == 1 or manual:
+        return ""
+    return (
+        f"there are {jax.device_count()} devices, and only inside jax.shard_map is a kernel sure to run on one of them"
+    )
 
 
 @functools.cache
-def _device(name: str) -> str:
+def _device(name: str, backend: str) -> str:
     """Why the device at hand cannot run this kernel, or ""."""
-    backend, device = jax.default_backend(), jax.devices()[0]
+    device = jax.devices(backend)[0]
     if _KERNELS.get(backend) != name:
         return f"the device is {device.device_kind} ({backend})"
     if backend == "gpu" and not str(getattr(device, "compute_capability", "")).startswith("9."):

@@ -30,7 +30,7 @@ def examples(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[in
 
 def loss(model: LanguageModel, params, ids: jax.Array, length: jax.Array, prompt_length: jax.Array) -> jax.Array:
     """Mean negative log-probability in nats of the tokens after each prompt, over all rows' tokens together."""
-    logp, _ = jax.vmap(lambda ids, n: score_row(model, params, ids, n, block=ids.shape[0]))(ids, length)
+    logp, _ = jax.vmap(lambda ids, n: score_row(model, params, ids, n, block=ids.shape[0], fused=True))(ids, length)
     place = jnp.arange(ids.shape[1])
     mask = (place >= prompt_length[:, None]) & (place < length[:, None])
     return -jnp.sum(jnp.where(mask, logp, 0)) / jnp.sum(mask)

@@ -43,16 +43,22 @@ def _dot_general(eqn, lhs, rhs):
 def _plain_matrix(eqn, w: LowRank, x: Array, first: bool) -> bool:
     """Whether this is x W with W [in, out], for which there is a kernel on this device."""
     contract, batch = eqn.params["dimension_numbers"]
-    if w.ndim != 2 or batch[0] or contract[not first] != (0,) or x.dtype != w.base.dtype:
-        return False
     sides = {(w.left.shape[:2], w.right.shape[:2]), (w.right.shape[:2], w.left.shape[:2])}
-    one_each = ((1, w.shape[1]), (w.shape[0], 1)) in sides
-    return one_each and lowrank_matmul.serves(x.dtype, w.shape, w.rank)
+    if w.ndim != 2 or batch[0] or len(contract[0]) != 1 or ((1, w.shape[1]), (w.shape[0], 1)) not in sides:
+        reason = "it is another operation than x W"
+    elif contract[not first] != (0,):
+        reason = "the weight is [out, in] here: kernels read [in, out]"
+    elif x.dtype != w.base.dtype:
+        reason = f"x is {x.dtype} and the weight {w.base.dtype}"
+    else:
+        return lowrank_matmul.serves(x.dtype, w.shape, w.rank)
+    lowrank_matmul.passed(f"x {list(x.shape)} with {w.path}", reason)
+    return False
 
 
 def _fused(eqn, w: LowRank, x: Array, first: bool) -> Array:
     """The product of the base, corrected while it is made."""
-    inner, outer = (w.right, w.left) if w.right.shape[0] == w.shape[0] else (w.left, w.right)
+    inner, outer = (w.right, w.left) if w.right.shape[:2] == (w.shape[0], 1) else (w.left, w.right)
     (axis,) = eqn.params["dimension_numbers"][0][first]
     rows = jnp.moveaxis(x, axis, -1)
     y = lowrank_matmul.matmul(

@@ -29,7 +29,8 @@ def attend(q: Array, k: Array, v: Array, length: Array | int, *, implementation:
     Raises:
         ValueError: shapes that do not fit, a named kernel that cannot serve.
     """
-    if q.ndim != 2 or k.ndim != 3 or k.shape != v.shape or q.shape[1] != k.shape[1] or q.shape[0] % k.shape[0]:
+    fits = (q.ndim, k.ndim) == (2, 3) and k.shape == v.shape and q.shape[1] == k.shape[1]
+    if not fits or not k.shape[0] or q.shape[0] % k.shape[0]:
         raise ValueError(
             f"attend needs q [H, D], k and v [G, D, T] with H a multiple of G; got {q.shape}, {k.shape} and {v.shape}: slots "
             "and members are added by vmap"
@@ -43,6 +44,8 @@ def attend(q: Array, k: Array, v: Array, length: Array | int, *, implementation:
 
 def _choose(q: Array, k: Array, v: Array, implementation: str | None) -> str:
     def unserved(kernel):
+        if not (q.size and k.size):
+            return "there is nothing to compute"
         if not q.dtype == k.dtype == v.dtype or q.dtype not in kernel.DTYPES:
             return f"q, k and v are all of one type of {', '.join(jnp.dtype(d).name for d in kernel.DTYPES)}"
         return kernel.limits(q.shape, k.shape)

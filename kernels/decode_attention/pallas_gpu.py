@@ -39,7 +39,9 @@ def attend(q: Array, k: Array, v: Array, length: Array) -> Array:
     """See `kernels.decode_attention.api.attend`; leading axes as `kernels.batching.leading` adds them."""
     laid = layout.in_slots(q, k, v, length)
     slots, groups, rows, size = laid.q.shape
-    steps = tuning.blocks("decode_attention", "gpu", {"steps": 3}, groups=groups, size=size, room=k.shape[-1])["steps"]
+    steps = tuning.blocks(
+        "decode_attention", "gpu", {"steps": 3}, k.dtype.name, groups=groups, size=size, room=k.shape[-1]
+    )["steps"]
     padded = jnp.pad(laid.q, ((0, 0), (0, 0), (0, -rows % 8), (0, 0)))
     tiles = mosaic_gpu.tiled(k.dtype)
 

@@ -35,7 +35,9 @@ def attend(q: Array, k: Array, v: Array, length: Array) -> Array:
     laid = layout.in_slots(q, k, v, length)
     slots, groups, rows, size = laid.q.shape
     room = k.shape[-1]
-    tuned = tuning.blocks("decode_attention", "tpu", {"t": 512, "bytes": _BLOCK}, groups=groups, size=size, room=room)
+    tuned = tuning.blocks(
+        "decode_attention", "tpu", {"t": 512, "bytes": _BLOCK}, k.dtype.name, groups=groups, size=size, room=room
+    )
     bt = min(tuned["t"], room)
     most = max(1, tuned["bytes"] // (size * bt * k.dtype.itemsize))
     heads = max(h for h in range(1, min(groups, most) + 1) if groups % h == 0)

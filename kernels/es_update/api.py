@@ -98,7 +98,13 @@ def _by(fn: Callable, weights: Array, left, right) -> Array:
 
     def one(weights, left, right):
         parts, tree = jax.tree.flatten((left, right))
-        return batching.leading(lambda weights, *parts: fn(weights, *tree.unflatten(parts)))(weights, *parts)
+        own = batching.leading(lambda weights, *parts: fn(weights, *tree.unflatten(parts)))
+        return batching.differentiable(own, lambda weights, *parts: plain(weights, *tree.unflatten(parts)))(
+            weights, *parts
+        )
+
+    def plain(weights, *sides):
+        return reference.update(weights, *((f,) if isinstance(f, Generated) else f[:, :, None] for f in sides))[0]
 
     wide = lambda x: x if isinstance(x, tuple) else jnp.asarray(x, jnp.float32)
     weights, left, right = wide(weights), wide(left), wide(right)

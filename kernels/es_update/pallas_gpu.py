@@ -38,9 +38,9 @@ def update(weights: Array, left: Array | Generated, right: Array | Generated) ->
         f32 [*B, m, n].
     """
     m, n = left.shape[-1], right.shape[-1]
-    size = tuning.blocks("es_update", "gpu", {"m": 128, "n": 128, "steps": 2}, m=m, n=n)
-    bk = mosaic_gpu.SWIZZLE // 2
     exact = isinstance(left, Generated) and left.kind == "rademacher"
+    size = tuning.blocks("es_update", "gpu", {"m": 128, "n": 128, "steps": 2}, "exact" if exact else "split", m=m, n=n)
+    bk = mosaic_gpu.SWIZZLE // 2
     stored = lambda f: layout.drawn(f) if isinstance(f, Generated) else f
     laid = layout.terms(weights, stored(left), stored(right), bk)
     wide = lambda x, block: jnp.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, -x.shape[-1] % block)])

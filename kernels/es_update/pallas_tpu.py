@@ -35,7 +35,8 @@ def update(weights: Array, left: Array | Generated, right: Array | Generated) ->
     """
     m, n = left.shape[-1], right.shape[-1]
     count = weights.shape[-3] * weights.shape[-2] * left.shape[-2]
-    size = tuning.blocks("es_update", "tpu", {"m": 512, "n": 1024, "terms": 128}, m=m, n=n, terms=count)
+    kind = " ".join(f.kind if isinstance(f, Generated) else "stored" for f in (left, right))
+    size = tuning.blocks("es_update", "tpu", {"m": 512, "n": 1024, "terms": 128}, kind, m=m, n=n, terms=count)
     bm, bn, bc = (
         min(size[of], tuning.up(have, by)) for of, have, by in (("m", m, 128), ("n", n, 128), ("terms", count, 8))
     )

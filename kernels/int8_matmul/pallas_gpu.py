@@ -14,8 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import dispatch, mosaic_gpu, tuning
-from kernels.int8_matmul import reference
-from kernels.int8_matmul.pallas_tpu import in_rows
+from kernels.int8_matmul import layout, reference
 
 STEP = mosaic_gpu.SWIZZLE  # of the contraction, in bytes and so in numbers
 
@@ -23,8 +22,8 @@ STEP = mosaic_gpu.SWIZZLE  # of the contraction, in bytes and so in numbers
 def matmul(x: Array, w: Array, right: Array, left: Array, sign: Array, *, shift: int, divisor: int) -> Array:
     """See `kernels.int8_matmul.api.matmul`."""
     n, k = w.shape
-    size = tuning.blocks("int8_matmul", "gpu", {"m": 64, "n": 128, "steps": 3}, k=k, n=n)
-    laid = in_rows(x, right, left, sign, size["m"], (STEP,))
+    size = tuning.blocks("int8_matmul", "gpu", {"m": 64, "n": 128, "steps": 3}, "int8", k=k, n=n)
+    laid = layout.in_rows(x, right, left, sign, size["m"], STEP)
     pad = lambda a, *fills: jnp.pad(a, [(0, f) for f in fills])
     factors = pad(laid.left.swapaxes(1, 2), 0, -n % size["n"], 0)
     x, w = pad(laid.x, 0, -k % STEP), pad(w, -n % size["n"], -k % STEP)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -35,7 +36,7 @@ def matmul(
     Args:
         x: [*members, M, K], M rows per member; bf16 or f32.
         w: [K, N], in the type of x.
-        right: B^T [*members, r, K], or its address: then it is made inside the kernel and never stored.
+        right: B^T [*members, r, K], finite, or its address: then it is made inside the kernel and never stored.
         left: A^T [*members, r, N], likewise.
         scale: [*members], for example the sign of a member.
         dtype: of the result; None: of x.
@@ -64,7 +65,7 @@ def matmul(
     if x.dtype != w.dtype:
         raise ValueError(f"x and w must be of one type; got {x.dtype} and {w.dtype}: cast one of them")
     jnp.broadcast_shapes(x.shape[:-2], right.shape[:-2], left.shape[:-2], scale.shape)
-    chosen = _choose(x.dtype, w.shape, rank, (right, left), implementation)
+    chosen = _choose(x.dtype, w.shape, rank, (right, left), implementation, empty=not (x.size and w.size))
     dtype = dtype or x.dtype
     if chosen == "reference":
         return reference.matmul(x, w, right, left, scale, dtype)
@@ -76,7 +77,14 @@ def matmul(
     def call(fn, w, x, scale, *parts):
         return fn(x, w, *jax.tree.unflatten(tree, parts), scale, dtype)
 
-    own, plain = (functools.partial(call, fn) for fn in (_KERNELS[chosen].matmul, reference.matmul))
+    def own(w, x, scale, *parts):
+        members = math.prod(jnp.broadcast_shapes(scale.shape, *(f.shape[:-2] for f in jax.tree.unflatten(tree, parts))))
+        if math.prod(x.shape[:-2]) < members:  # the reference multiplies what members share once
+            dispatch.passed("lowrank_matmul", f"x {list(x.shape)} of {members} members", "members share rows of x")
+            return plain(w, x, scale, *parts)
+        return call(_KERNELS[chosen].matmul, w, x, scale, *parts)
+
+    plain = functools.partial(call, reference.matmul)
     return batching.differentiable(batching.leading(own, [True, False, False, *keys]), plain)(w, x, scale, *parts)
 
 
@@ -84,11 +92,13 @@ def _generated(factor) -> bool:
     return isinstance(factor, Generated)
 
 
-def _choose(dtype, w_shape, rank: int, factors: tuple, implementation: str | None) -> str:
+def _choose(dtype, w_shape, rank: int, factors: tuple, implementation: str | None, empty: bool = False) -> str:
     made = [f.kind for f in factors if _generated(f)]
     shape = f"x [*, {w_shape[0]}] {jnp.dtype(dtype).name}, w {list(w_shape)}, rank {rank}, {made or 'stored'} factors"
 
     def unserved(kernel):
+        if empty:
+            return "there is nothing to compute"
         if rank > MAX_RANK:
             return f"ranks go up to {MAX_RANK}"
         if jnp.dtype(dtype) not in kernel.DTYPES:
@@ -102,6 +112,11 @@ def _choose(dtype, w_shape, rank: int, factors: tuple, implementation: str | Non
 def serves(dtype: jnp.dtype, w_shape: tuple[int, int], rank: int, implementation: str | None = None) -> bool:
     """Whether `matmul` of stored factors would run a kernel rather than the reference: for callers with a form of their own."""
     return _choose(dtype, w_shape, rank, (), implementation) != "reference"
+
+
+def passed(shape: str, reason: str) -> None:
+    """Logs why a caller uses `contract`, where it is not because of `serves`."""
+    dispatch.passed("lowrank_matmul", shape, reason)
 
 
 def contract(

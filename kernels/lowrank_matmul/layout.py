@@ -43,7 +43,7 @@ class Rows(NamedTuple):
         return self.x.shape[0] // len(self.blocks)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=32)
 def _owners(lead: tuple[int, ...], have: tuple[int, ...], rows: int) -> np.ndarray:
     """Number of the factor of each row."""
     numbers = np.arange(int(np.prod(have, dtype=np.int64)), dtype=np.int32).reshape(have)
@@ -84,7 +84,7 @@ def in_rows(x: Array, right: Array | Generated, left: Array | Generated, scale: 
         block = _block(owners, tile)
     fill = -len(owners) % tile
     place = np.pad(owners, (0, fill), mode="edge")
-    column = (place % block)[:, None, None] == np.arange(block)[:, None]
+    column = jnp.asarray(place % block)[:, None, None] == jnp.arange(block)[:, None]
     t = jnp.pad(t, ((0, fill), (0, 0)))
     d = jnp.where(column, t[:, None, :], 0).reshape(len(place), block * rank).astype(x.dtype)
     return Rows(jnp.pad(x, ((0, fill), (0, 0))), d, _blocked(left, block, x.dtype), place[::tile] // block, lead, rows)

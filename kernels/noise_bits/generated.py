@@ -39,6 +39,10 @@ class Generated:
     rank: int
     size: int
 
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"noise is one of {KINDS}; got {self.kind!r}")
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the factors."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from kernels import dispatch
@@ -27,7 +28,7 @@ def log_prob(
     With z the scaled logits: log p(v) = z_v - log sum_u exp z_u, and entropy -sum_u p(u) log p(u), in nats. Rows are taken
     `block` at a time, one product with the head each, so that memory is block * V where the plain form needs L * V; the
     gradient makes each block's logits again (one more product) instead of keeping them. A kernel takes tiles of the vocabulary
-    too, and no array of logits exists at all.
+    too: no array of logits exists (on a GPU the gradient has 2^26 of them at a time).
 
     Under `vmap` over sequences that share the head a kernel is called once, with the rows of all, and so is its gradient: that
     of the head is summed inside the call, and no array [sequences, D, V] exists. Gradients per sequence, `vmap` of `grad`, are
@@ -59,9 +60,14 @@ def log_prob(
         )
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"ids must be integers; got {ids.dtype}")
+    ids = ids.astype(jnp.promote_types(ids.dtype, jnp.int32))  # V may be more than a narrow type holds
     if block < 1:
         raise ValueError(f"block must be at least 1 row; got {block}")
-    if isinstance(temperature, (int, float)) and not temperature > 0:
+    if jnp.ndim(temperature):
+        raise ValueError(
+            f"temperature is one number; got shape {jnp.shape(temperature)}: map over temperatures with vmap"
+        )
+    if isinstance(temperature, (int, float, np.number)) and not temperature > 0:
         raise ValueError(
             f"temperature must be positive; got {temperature} (a greedy choice has no distribution to score)"
         )

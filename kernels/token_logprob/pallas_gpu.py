@@ -30,7 +30,7 @@ def unserved(d: int, v: int, dtype: jnp.dtype) -> str:
 def forward(x: Array, w: Array, tokens: Array, scale: Array) -> tuple[Array, Array, Array]:
     """See `kernels.token_logprob.gradient`. A head with V no multiple of `n`, or D of 64, is copied with zeros at its end."""
     (rows, d), v = x.shape, w.shape[1]
-    size = tuning.blocks("token_logprob", "gpu", {"m": 128, "n": 128, "steps": 4}, d=d, v=v)
+    size = tuning.blocks("token_logprob", "gpu", {"m": 128, "n": 128, "steps": 4}, x.dtype.name, d=d, v=v)
     m, n, k = size["m"], size["n"], mosaic_gpu.SWIZZLE // x.dtype.itemsize
     fill = tuning.up(max(rows, 1), m) - rows
     x, w = jnp.pad(x, ((0, fill), (0, -d % k))), jnp.pad(w, ((0, -d % k), (0, -v % n)))

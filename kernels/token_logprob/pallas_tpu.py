@@ -24,6 +24,9 @@ _VMEM = 60 * 2**20  # of 64 MiB a core or more: what the largest D needs in f32
 
 def unserved(d: int, v: int, dtype: jnp.dtype) -> str:
     """Why no tile of this head fits, or ""."""
+    kind = jax.devices()[0].device_kind
+    if kind.startswith(("TPU v2", "TPU v3", "TPU v4")):
+        return f"{kind} has too little memory beside its cores"
     most = MAX_ROW // dtype.itemsize
     if d > most:
         return f"a tile holds all of D, up to {most} for {dtype.name}"
@@ -77,7 +80,7 @@ def _sizes(x: Array, w: Array) -> tuple[int, int]:
     """Rows and columns of a tile: as many of each, 128 to 512, as have 2 MiB of x and of the head; at least 128."""
     d, v = w.shape
     side = next((s for s in (512, 256) if s * d * x.dtype.itemsize <= 2 * 2**20), 128)
-    size = tuning.blocks("token_logprob", "tpu", {"m": side, "n": side}, d=d, v=v)
+    size = tuning.blocks("token_logprob", "tpu", {"m": side, "n": side}, x.dtype.name, d=d, v=v)
     return min(size["m"], tuning.up(max(len(x), 1), _LANES)), min(size["n"], v)
 
 

@@ -33,20 +33,37 @@ def test_an_entry_replaces_one_of_its_device_and_shape(tmp_path, monkeypatch):
     path.parent.mkdir()
     path.write_text(json.dumps({"gpu": [], "tpu": []}))
     default = {"m": 64, "n": 32}
-    entry = {"device": jax.devices()[0].device_kind, "shape": {"k": 8}, "blocks": {"m": 1}, "seconds": 1.0}
+    entry = {
+        "device": jax.devices()[0].device_kind,
+        "kind": "f32",
+        "shape": {"k": 8},
+        "blocks": {"m": 1},
+        "seconds": 1.0,
+    }
     tune.record(path, "gpu", entry)
     tune.record(path, "gpu", entry | {"shape": {"k": 64}, "blocks": {"m": 3}})
     tune.record(path, "gpu", entry | {"blocks": {"m": 2}})
     assert [e["blocks"]["m"] for e in json.loads(path.read_text())["gpu"]] == [3, 2]
     monkeypatch.setattr(tuning, "_FOLDER", tmp_path)
     tuning._entries.cache_clear()
-    assert tuning.blocks("op", "gpu", default, k=16) == {"m": 2, "n": 32}  # one octave from 8, two from 64
-    assert tuning.blocks("op", "gpu", default, k=32) == {"m": 3, "n": 32}
-    assert tuning.blocks("op", "gpu", default, rows=32) == {"m": 64, "n": 32}  # of another class of shapes
+    assert tuning.blocks("op", "gpu", default, "f32", k=16) == {"m": 2, "n": 32}  # one octave from 8, two from 64
+    assert tuning.blocks("op", "gpu", default, "f32", k=32) == {"m": 3, "n": 32}
+    for kind, shape in (
+        ("f32", {"rows": 32}),
+        ("bf16", {"k": 16}),
+        ("f32", {"k": 1}),
+    ):  # another class, another kind, far
+        assert tuning.blocks("op", "gpu", default, kind, **shape) == default
     with tuning.trying({"m": 7}) as asked:
-        assert tuning.blocks("op", "gpu", default, k=16) == {"m": 7, "n": 32}
-    assert asked == [("op", "gpu", {"m": 64, "n": 32}, {"k": 16})]
+        assert tuning.blocks("op", "gpu", default, "f32", k=16) == {"m": 7, "n": 32}
+    assert asked == [("op", "gpu", default, "f32", {"k": 16})]
     tuning._entries.cache_clear()
+
+
+def test_a_tile_gone_astray_is_no_result():
+    right = jnp.ones((256, 64))
+    assert tune.same((right, right * 1.001), (right, right))
+    assert not tune.same((right, right.at[128:].set(0)), (right, right))
 
 
 @pytest.mark.parametrize(

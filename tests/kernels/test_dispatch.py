@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 
 import kernels
 from kernels import dispatch, lowrank_matmul
@@ -38,6 +39,35 @@ def test_a_named_kernel_or_a_reason():
     with dispatch.mode("lower"):
         assert dispatch.choose("op", "a shape", ALL, "pallas_tpu") == "pallas_tpu"
     assert not dispatch.interpreted()
+
+
+def test_what_is_set_is_part_of_what_a_trace_is_remembered_by():
+    args = jnp.ones((2, 1, 8)), jnp.ones((8, 8)), jnp.ones((2, 1, 8)), jnp.ones((2, 1, 8)), jnp.ones(2)
+    fn = jax.jit(lambda *args: lowrank_matmul.matmul(*args, implementation="pallas_tpu"))
+    with dispatch.mode("interpret"):
+        fn(*args)
+        with dispatch.refused("a mesh"), pytest.raises(kernels.KernelError, match="a mesh"):
+            fn(*args)
+        fn(*args)
+    with pytest.raises(kernels.KernelError, match="the device is cpu"):
+        fn(*args)
+
+
+def test_several_devices_are_left_to_the_compiler(monkeypatch):
+    monkeypatch.setattr(dispatch, "_platform", lambda: "tpu")
+    monkeypatch.setattr(dispatch, "_device", lambda name, backend: "")
+    mesh = Mesh(np.array(jax.devices()), ("d",))
+    found = []
+
+    def inside(x):
+        found.append(dispatch.choose("op", "inside", ALL))
+        return x
+
+    jax.eval_shape(
+        jax.shard_map(inside, mesh=mesh, in_specs=PartitionSpec("d"), out_specs=PartitionSpec("d")), jnp.ones(8)
+    )
+    assert found == ["pallas_tpu"]
+    assert dispatch.choose("op", "outside", ALL) == "reference"
 
 
 @pytest.mark.parametrize("call", [kernels.use, lambda name: dispatch.choose("op", "a shape", ALL, name)])

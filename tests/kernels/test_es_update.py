@@ -63,7 +63,7 @@ def _stored(addresses):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Several tiles in every direction at sizes that are interpreted soon: 512 is what words are shared in."""
-    monkeypatch.setattr(tuning, "blocks", lambda op, platform, default, **_: default | BLOCKS[platform])
+    monkeypatch.setattr(tuning, "blocks", lambda op, platform, default, kind, **_: default | BLOCKS[platform])
 
 
 def _assert_close(kernel, got, weights, left, right, exact=False):
@@ -92,6 +92,8 @@ class TestKernels:
     )
     @pytest.mark.parametrize("made", [False, True], ids=["stored", "addresses"])
     def test_equals_the_sum_over_members(self, kernel, kind, population, rank, m, n, layers, made):
+        if kernel == "pallas_gpu" and made and kind == "gaussian":
+            pytest.skip("drawn before the kernel: the stored case")
         weights, *addresses = _problem(kind, population, rank, m, n, layers)
         stored = [_stored(a) for a in addresses]
         update = jax.jit(functools.partial(es_update.update, implementation=kernel))
@@ -148,6 +150,8 @@ class TestKernels:
 )
 @pytest.mark.parametrize("kind", ["stored", *KINDS])
 def test_lowers_at_sizes_of_real_models(kernel, size, population, kind):
+    if kernel == "pallas_gpu" and kind == "gaussian":
+        pytest.skip("drawn before the kernel: the stored case")
     blocks, rows, columns = population
     shape = jax.ShapeDtypeStruct
 

@@ -83,7 +83,7 @@ class TestAgainstTwin:
         np.testing.assert_array_equal(got, want)
         assert len(np.unique(want)) > 100  # not all clipped
 
-    @pytest.mark.parametrize("seed", range(8))
+    @pytest.mark.parametrize("seed", range(4))
     def test_random_shapes(self, seed):
         rng = np.random.default_rng(seed)
         p, q, rows, k, n = (int(rng.integers(1, high)) for high in (5, 5, 4, 300, 80))
@@ -98,6 +98,8 @@ class TestAgainstTwin:
     )
     @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
     def test_largest_sums(self, implementation, k, shift, divisor):
+        if implementation == "pallas_gpu" and shift == 31:
+            pytest.skip("one of its slow interpreter's two ends is enough")
         signs = np.array(list(np.ndindex(2, 2, 2))) * 2 - 1  # of B, A and the member
         ends = lambda s, size: jnp.asarray(127 * s[:, None].repeat(size, 1), jnp.int8)
         x, w = jnp.full((8, 1, k), 127, jnp.int8), ends(np.array([1, -1]), k)

@@ -1,6 +1,7 @@
 """The kernels are what the rest of the code runs: members' forward passes, the estimate, the scorer, the engine's attention."""
 
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,6 @@ def switched():
 
     def run(name, fn, *args, how="interpret"):
         kernels.use(name)
-        jax.clear_caches()  # a mode is no part of what compiled functions remember
         with dispatch.mode(how):
             return fn(*args)
 
@@ -63,7 +63,8 @@ def test_the_members_forward(switched):
     assert np.ptp(np.asarray(want), axis=0).min() > 0.1  # members differ
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     module = switched("pallas_tpu", lowered, "pallas_tpu", evaluate, state, batch, how="lower")
-    assert module.count("stablehlo.custom_call @tpu_custom_call") == 2  # a layer, and the layer of a loop
+    # the layer of the loop; the first layer's rows are the same for all members, and multiplied once
+    assert module.count("stablehlo.custom_call @tpu_custom_call") == 1
 
 
 def test_the_estimate_makes_its_factors(switched):
@@ -78,6 +79,21 @@ def test_the_estimate_makes_its_factors(switched):
     module = switched("pallas_tpu", lowered, "pallas_tpu", estimate, state, scores, how="lower")
     assert module.count("stablehlo.custom_call @tpu_custom_call") == 3  # a matrix, and each of a stack
     assert "threefry" not in module  # what is drawn at all is drawn inside the kernels
+
+
+def test_a_product_that_no_kernel_computes_is_logged(switched, caplog):
+    es = eggroll.strategy(optax.sgd(0.1), population=eggroll.crossed(4), rank=1, sigma=0.1)
+    state = es.init({"w": jnp.ones((8, 1)), "tied": jnp.ones((5, 8))}, jax.random.key(0))
+
+    def score(p, x):  # a column, the same transposed, and a weight that is [out, in]
+        return jnp.sum(jnp.einsum("d,vd->v", (x @ p["w"]) @ p["w"].T, p["tied"]))
+
+    evaluate = lambda: jax.eval_shape(lambda state, x: es.evaluate(state, score, x), state, jnp.ones((3, 8)))
+    with caplog.at_level(logging.INFO, "kernels"):
+        switched("pallas_tpu", evaluate)
+    said = [record.getMessage() for record in caplog.records]
+    assert any("with tied does not run as a kernel: the weight is [out, in] here" in line for line in said), said
+    assert any("w [1, 8], rank 1, stored factors runs as pallas_tpu" in line for line in said), said
 
 
 def test_a_mesh_that_the_compiler_divides_over_is_refused(switched):

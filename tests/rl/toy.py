@@ -34,7 +34,7 @@ def make_step(config):
 
 
 def main():
-    config, workdir, tensorboard = config_lib.parse()
+    config, workdir, tensorboard, _ = config_lib.parse()
     step = make_step(config)
     run = Run(workdir, config, total_steps=config.steps, save_every=config.save_every, tensorboard=tensorboard)
     with run:
