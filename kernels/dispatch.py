@@ -10,8 +10,10 @@ What was chosen, and why, is logged once per operation and shape ("kernels", lev
 
 import contextlib
 import functools
+import importlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
@@ -74,6 +76,11 @@ def refused(reason: str) -> Iterator[None]:
 def interpreted() -> bool:
     """Whether kernels traced now are to be interpreted."""
     return _setting.value.mode == "interpret"
+
+
+def module(op: str, kernel: str) -> ModuleType:
+    """`kernels.<op>.<kernel>`, imported when it is needed: Pallas takes half a second."""
+    return importlib.import_module(f"kernels.{op}.{kernel}")
 
 
 def choose(

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from kernels import batching, dispatch
-from kernels.decode_attention import pallas_gpu, pallas_tpu, reference
+from kernels.decode_attention import reference
 
-_KERNELS = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
+_KERNELS = ("pallas_tpu", "pallas_gpu")
 
 
 def attend(q: Array, k: Array, v: Array, length: Array | int, *, implementation: str | None = None) -> Array:
@@ -38,12 +38,15 @@ def attend(q: Array, k: Array, v: Array, length: Array | int, *, implementation:
     chosen = _choose(q, k, v, implementation)
     if chosen == "reference":
         return reference.attend(q, k, v, length)
-    call = batching.differentiable(batching.leading(_KERNELS[chosen].attend), reference.attend)
+    call = batching.differentiable(
+        batching.leading(dispatch.module("decode_attention", chosen).attend), reference.attend
+    )
     return call(q, k, v, jnp.asarray(length, jnp.int32))
 
 
 def _choose(q: Array, k: Array, v: Array, implementation: str | None) -> str:
-    def unserved(kernel):
+    def unserved(name):
+        kernel = dispatch.module("decode_attention", name)
         if not (q.size and k.size):
             return "there is nothing to compute"
         if not q.dtype == k.dtype == v.dtype or q.dtype not in kernel.DTYPES:
@@ -51,5 +54,5 @@ def _choose(q: Array, k: Array, v: Array, implementation: str | None) -> str:
         return kernel.limits(q.shape, k.shape)
 
     shape = f"q {list(q.shape)} {q.dtype}, k {list(k.shape)} {k.dtype}, v {v.dtype}"
-    limits = {name: functools.partial(unserved, kernel) for name, kernel in _KERNELS.items()}
+    limits = {name: functools.partial(unserved, name) for name in _KERNELS}
     return dispatch.choose("decode_attention", shape, limits, implementation)

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from kernels import batching, dispatch
-from kernels.es_update import pallas_gpu, pallas_tpu, reference
+from kernels.es_update import reference
 from kernels.noise_bits import Generated
 
-_KERNELS = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
+_KERNELS = ("pallas_tpu", "pallas_gpu")
 Factors = Array | Generated | Sequence[Generated]
 
 
@@ -49,15 +49,17 @@ def update(weights: Array, left: Factors, right: Factors, *, implementation: str
     chosen = _choose(weights, left, right, implementation)
     if chosen == "reference":
         return reference.update(weights, left, right)
-    return _by(_KERNELS[chosen].update, weights, left, right)
+    return _by(dispatch.module("es_update", chosen).update, weights, left, right)
 
 
 def serves(dtype: jnp.dtype, implementation: str | None = None) -> bool:
     """Whether `update` in this type would run a kernel: for callers that have addresses or factors to give."""
-    limits = {
-        name: lambda kernel=kernel: "" if dtype in map(jnp.dtype, kernel.DTYPES) else f"it does not take {dtype}"
-        for name, kernel in _KERNELS.items()
-    }
+
+    def unserved(name):
+        taken = map(jnp.dtype, dispatch.module("es_update", name).DTYPES)
+        return "" if dtype in taken else f"it does not take {dtype}"
+
+    limits = {name: functools.partial(unserved, name) for name in _KERNELS}
     return dispatch.choose("es_update", f"addresses, {jnp.dtype(dtype).name}", limits, implementation) != "reference"
 
 
@@ -84,12 +86,13 @@ def _choose(weights: Array, left, right, implementation: str | None) -> str:
     dtype = jnp.result_type(weights, *(f for f in (left, right) if not isinstance(f, tuple)))
     shape = f"[G, P, Q, S, r, m, n] = {list(sizes)}, {' and '.join(made)} factors, {dtype.name}"
 
-    def unserved(kernel):
+    def unserved(name):
+        kernel = dispatch.module("es_update", name)
         if dtype not in kernel.DTYPES:
             return f"it takes {', '.join(jnp.dtype(d).name for d in kernel.DTYPES)}"
         return "" if all(sizes) else "there is nothing to sum"
 
-    limits = {name: functools.partial(unserved, kernel) for name, kernel in _KERNELS.items()}
+    limits = {name: functools.partial(unserved, name) for name in _KERNELS}
     return dispatch.choose("es_update", shape, limits, implementation)
 
 

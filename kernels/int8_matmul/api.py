@@ -6,9 +6,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from kernels import batching, dispatch
-from kernels.int8_matmul import pallas_gpu, pallas_tpu, reference
+from kernels.int8_matmul import reference
 
-_KERNELS = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
 _INT8, _INT32 = 127, 2**31 - 1  # the largest magnitudes: -128 is not a number of the format
 
 
@@ -54,9 +53,9 @@ def matmul(
     _check(x, w, right, left, sign)
     _check_range(w.shape[1], shift, divisor)
     shape = f"x [*, {w.shape[1]}] int8, w {list(w.shape)}"
-    limits = {"pallas_tpu": pallas_tpu.unserved, "pallas_gpu": lambda: ""}
+    limits = {"pallas_tpu": lambda: dispatch.module("int8_matmul", "pallas_tpu").unserved(), "pallas_gpu": lambda: ""}
     chosen = dispatch.choose("int8_matmul", shape, limits, implementation)
-    fn = reference.matmul if chosen == "reference" else _KERNELS[chosen].matmul
+    fn = reference.matmul if chosen == "reference" else dispatch.module("int8_matmul", chosen).matmul
     call = functools.partial(fn, shift=shift, divisor=divisor)
     return batching.leading(call, [False, True])(x, w, right, left, sign.astype(jnp.int32))
 

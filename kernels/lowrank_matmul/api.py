@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from kernels import batching, dispatch
-from kernels.lowrank_matmul import pallas_gpu, pallas_tpu, reference
+from kernels.lowrank_matmul import reference
 from kernels.noise_bits import Generated
 
-_KERNELS = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
+_KERNELS = ("pallas_tpu", "pallas_gpu")
 MAX_RANK = 16
 
 
@@ -82,7 +82,7 @@ def matmul(
         if math.prod(x.shape[:-2]) < members:  # the reference multiplies what members share once
             dispatch.passed("lowrank_matmul", f"x {list(x.shape)} of {members} members", "members share rows of x")
             return plain(w, x, scale, *parts)
-        return call(_KERNELS[chosen].matmul, w, x, scale, *parts)
+        return call(dispatch.module("lowrank_matmul", chosen).matmul, w, x, scale, *parts)
 
     plain = functools.partial(call, reference.matmul)
     return batching.differentiable(batching.leading(own, [True, False, False, *keys]), plain)(w, x, scale, *parts)
@@ -96,7 +96,8 @@ def _choose(dtype, w_shape, rank: int, factors: tuple, implementation: str | Non
     made = [f.kind for f in factors if _generated(f)]
     shape = f"x [*, {w_shape[0]}] {jnp.dtype(dtype).name}, w {list(w_shape)}, rank {rank}, {made or 'stored'} factors"
 
-    def unserved(kernel):
+    def unserved(name):
+        kernel = dispatch.module("lowrank_matmul", name)
         if empty:
             return "there is nothing to compute"
         if rank > MAX_RANK:
@@ -105,7 +106,7 @@ def _choose(dtype, w_shape, rank: int, factors: tuple, implementation: str | Non
             return f"it takes {', '.join(jnp.dtype(d).name for d in kernel.DTYPES)}"
         return ""
 
-    limits = {name: functools.partial(unserved, kernel) for name, kernel in _KERNELS.items()}
+    limits = {name: functools.partial(unserved, name) for name in _KERNELS}
     return dispatch.choose("lowrank_matmul", shape, limits, implementation)
 
 

@@ -9,9 +9,9 @@ import numpy as np
 from jax import Array
 
 from kernels import dispatch
-from kernels.token_logprob import gradient, pallas_gpu, pallas_tpu, reference
+from kernels.token_logprob import gradient, reference
 
-_KERNELS = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
+_KERNELS = ("pallas_tpu", "pallas_gpu")
 
 
 def log_prob(
@@ -76,7 +76,7 @@ def log_prob(
         return reference.log_prob(hidden, head, ids, temperature, block)
     tokens = jnp.where((ids >= 0) & (ids < head.shape[1]), ids, -1).astype(jnp.int32)
     scale = 1 / jnp.asarray(temperature, jnp.float32)
-    return gradient.log_prob(_KERNELS[chosen], hidden, head, tokens, scale)
+    return gradient.log_prob(dispatch.module("token_logprob", chosen), hidden, head, tokens, scale)
 
 
 def serves(width: int, vocab: int, dtype: jnp.dtype, implementation: str | None = None) -> bool:
@@ -89,12 +89,13 @@ def _choose(hidden: Array, head: Array | Callable, implementation: str | None) -
     shape = f"hidden [*, {hidden.shape[1]}] {hidden.dtype.name}"
     shape += ", a function as head" if callable(head) else f", head {list(head.shape)} {head.dtype.name}"
 
-    def unserved(kernel) -> str:
+    def unserved(name) -> str:
+        kernel = dispatch.module("token_logprob", name)
         if callable(head):
             return "the head is a function: give its matrix"
         if hidden.dtype != head.dtype or hidden.dtype not in map(jnp.dtype, kernel.DTYPES):
             return f"hidden and head must be of one type, {' or '.join(jnp.dtype(d).name for d in kernel.DTYPES)}"
         return kernel.unserved(*head.shape, hidden.dtype)
 
-    limits = {name: functools.partial(unserved, kernel) for name, kernel in _KERNELS.items()}
+    limits = {name: functools.partial(unserved, name) for name in _KERNELS}
     return dispatch.choose("token_logprob", shape, limits, implementation)

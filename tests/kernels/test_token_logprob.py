@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from kernels import dispatch, token_logprob, tuning
+from kernels.token_logprob import pallas_gpu
 from tests.kernels import harness
 
 
@@ -257,7 +258,7 @@ CASES = [
 class TestKernels:
     @pytest.mark.parametrize(("kernel", "dtype", "length", "width", "vocab"), CASES)
     def test_values_and_gradients_are_those_of_the_reference(self, kernel, dtype, length, width, vocab, monkeypatch):
-        monkeypatch.setattr(token_logprob.api.pallas_gpu, "_SCORES", 200 * 200)  # two blocks, one over the other
+        monkeypatch.setattr(pallas_gpu, "_SCORES", 200 * 200)  # two blocks, one over the other
         hidden, head, ids = operands(length, width, vocab, dtype, 3 / width**0.5)
         ids = ids.at[1:4].set(jnp.array([-1, vocab, vocab - 1])[:length])
         weights = tuple(jax.random.normal(jax.random.key(7), (2, length)))
