@@ -38,8 +38,11 @@ def update(weights: Array, left: Array | Generated, right: Array | Generated) ->
         f32 [*B, m, n].
     """
     m, n = left.shape[-1], right.shape[-1]
+    terms = weights.shape[-3] * weights.shape[-2] * left.shape[-2]
     exact = isinstance(left, Generated) and left.kind == "rademacher"
-    size = tuning.blocks("es_update", "gpu", {"m": 128, "n": 128, "steps": 2}, "exact" if exact else "split", m=m, n=n)
+    size = tuning.blocks(
+        "es_update", "gpu", {"m": 128, "n": 128, "steps": 2}, "exact" if exact else "split", m=m, n=n, terms=terms
+    )
     bk = mosaic_gpu.SWIZZLE // 2
     stored = lambda f: layout.drawn(f) if isinstance(f, Generated) else f
     laid = layout.terms(weights, stored(left), stored(right), bk)

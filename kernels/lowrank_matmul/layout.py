@@ -65,6 +65,12 @@ def _tile(left: Array | Generated, lead: tuple[int, ...], rows: int, tile: int) 
     return tile
 
 
+def kind(x: Array, left: Array | Generated) -> str:
+    """What block sizes depend on besides sizes: the type, where factors come from, and whether members share them."""
+    shared = "shared" if left.ndim > 2 and np.prod(left.shape[:-2]) < np.prod(x.shape[:-2]) else "own"
+    return f"{x.dtype.name} {left.kind if isinstance(left, Generated) else 'stored'} {shared}"
+
+
 def in_rows(x: Array, right: Array | Generated, left: Array | Generated, scale: Array, tile: int) -> Rows:
     """Lays a product out, `tile` rows at a time or fewer; factors that no block holds for a tile are repeated once per row."""
     lead = np.broadcast_shapes(x.shape[:-2], right.shape[:-2], left.shape[:-2], scale.shape)

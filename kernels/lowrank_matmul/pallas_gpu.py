@@ -24,7 +24,7 @@ DTYPES = (jnp.bfloat16,)
 def matmul(x: Array, w: Array, right: Array | Generated, left: Array | Generated, scale: Array, dtype) -> Array:
     """See `kernels.lowrank_matmul.api.matmul`. The scaled coefficients and the factors are rounded to bf16."""
     k, n = w.shape
-    kind = f"{x.dtype.name} {left.kind if isinstance(left, Generated) else 'stored'}"
+    kind = layout.kind(x, left)
     size = tuning.blocks("lowrank_matmul", "gpu", {"m": 128, "n": 128, "steps": 4}, kind, k=k, n=n)
     laid = layout.in_rows(x, right, left, scale, size["m"])
     pad = lambda a, *fills: jnp.pad(a, [(0, f) for f in fills])

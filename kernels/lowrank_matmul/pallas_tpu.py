@@ -20,7 +20,7 @@ DTYPES = (jnp.bfloat16, jnp.float32)
 def matmul(x: Array, w: Array, right: Array | Generated, left: Array | Generated, scale: Array, dtype) -> Array:
     """See `kernels.lowrank_matmul.api.matmul`."""
     k, n = w.shape
-    kind = f"{x.dtype.name} {left.kind if isinstance(left, Generated) else 'stored'}"
+    kind = layout.kind(x, left)
     size = tuning.blocks("lowrank_matmul", "tpu", {"m": 256, "n": 512, "k": 512}, kind, rows=x.shape[-2], k=k, n=n)
     bn, bk = min(size["n"], tuning.up(n, 128)), min(size["k"], tuning.up(k, 128))
     laid = layout.in_rows(x, right, left, scale, size["m"])
