@@ -15,6 +15,7 @@ from eggroll.perturb.weight import LowRank
 from kernels import lowrank_matmul
 
 _RANK = -1  # label of the rank axis; other axes are labelled from 0
+_UNROLLED = 4  # ranks up to this are so many corrections of rank 1, which a CPU has no slow batched products for
 
 
 def _dot_general(eqn, lhs, rhs):
@@ -27,8 +28,19 @@ def _dot_general(eqn, lhs, rhs):
     base = eqn.primitive.bind(*plain, **eqn.params)
     labels, out, contracted = _labels(eqn.params["dimension_numbers"], lhs.ndim, rhs.ndim)
     w_labels, x_labels = labels if is_weight(lhs) else labels[::-1]
+    ranks = (
+        [(w.right, w.left)]
+        if w.rank > _UNROLLED
+        else [(w.right[..., k, None], w.left[..., k, None]) for k in range(w.rank)]
+    )
+    y = sum(_correction(w, w_labels, x, x_labels, out, contracted, *factors) for factors in ranks)
+    return base + y.astype(base.dtype)
+
+
+def _correction(w: LowRank, w_labels, x: Array, x_labels, out, contracted, right: Array, left: Array) -> Array:
+    """scale (x B) A^T, with the axes of the result."""
     sizes = dict(zip(w_labels, w.shape, strict=True)) | dict(zip(x_labels, x.shape, strict=True))
-    factors = [_present(factor, w_labels) for factor in (w.right, w.left)]
+    factors = [_present(factor, w_labels) for factor in (right, left)]
     first, second = min((factors, factors[::-1]), key=lambda pair: _middle(x_labels, *pair, contracted, sizes)[1])
     middle, _ = _middle(x_labels, first, second, contracted, sizes)
     t = lowrank_matmul.contract(x, x_labels, first[0].astype(x.dtype), first[1], middle)
@@ -37,7 +49,7 @@ def _dot_general(eqn, lhs, rhs):
         t, middle, second[0].astype(t.dtype), second[1], [a for a in out if a in (*middle, *second[1])]
     )
     lacking = [a for a in out if a not in (*middle, *second[1])]  # axes the weight was broadcast along
-    return base + jnp.expand_dims(y, [out.index(a) for a in lacking]).astype(base.dtype)
+    return jnp.expand_dims(y, [out.index(a) for a in lacking])
 
 
 def _plain_matrix(eqn, w: LowRank, x: Array, first: bool) -> bool:

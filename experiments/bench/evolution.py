@@ -46,13 +46,13 @@ def _functions(width: int, population: eggroll.Population, rows: int = 1, **sett
 
 
 def _dense_settings() -> Iterator[tuple[dict[str, Any], dict[str, Callable[[], Any]]]]:
-    """At most 512 members at once: at width 256 their activations then stay in a CPU's cache between layers."""
+    """At most 1,024 members at once: at width 256 their activations then stay in a CPU's cache between layers."""
     for width, members in ((1024, 256), (256, 4096)):
         for design in ("crossed", "antithetic"):
             for noise in ("gaussian", "rademacher"):
                 setting = {"width": width, "members": members, "rows": 1, "rank": 1, "design": design, "noise": noise}
-                setting |= {"chunk": 512} if members > 512 else {}
-                yield setting, _functions(width, getattr(eggroll, design)(members), noise=noise, chunk=512)
+                setting |= {"chunk": 1024} if members > 1024 else {}
+                yield setting, _functions(width, getattr(eggroll, design)(members), noise=noise, chunk=1024)
 
 
 def _more_settings() -> Iterator[tuple[dict[str, Any], dict[str, Callable[[], Any]]]]:
@@ -70,7 +70,7 @@ def _more_settings() -> Iterator[tuple[dict[str, Any], dict[str, Callable[[], An
             "design": "crossed",
             "noise": "gaussian",
         }
-        chunk = 512 // rows
+        chunk = 1024 // rows
         setting |= {"chunk": chunk} if members > chunk else {}
         yield setting, _functions(width, eggroll.crossed(members), rows, rank=rank, chunk=chunk)
 
