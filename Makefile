@@ -22,7 +22,8 @@ language: $(VENV)/.installed-language  ## a language model learns arithmetic wit
 test: $(VENV)/.installed-dev  ## the whole suite
 	$(call pytest,$(ARGS))
 
-fast: $(VENV)/.installed-dev  ## the suite without the tests marked slow
+fast: export ONE_CASE = 1
+fast: $(VENV)/.installed-dev  ## one case of every test that is not marked slow
 	$(call pytest,$(ARGS),not slow and)
 
 lint: $(VENV)/.installed-dev

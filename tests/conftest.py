@@ -1,7 +1,6 @@
 """Settings every test needs before jax is imported; subprocesses inherit them."""
 
 import gc
-import itertools
 import os
 import sys
 from importlib.metadata import version
@@ -30,11 +29,17 @@ gc.set_threshold(100_000, 50, 50)
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves tests marked `optimised` to a process that compiles as users' programs are compiled."""
-    if not FULL_COMPILE:
-        marked = lambda item: item.get_closest_marker("optimised") is not None
-        config.hook.pytest_deselected(items=list(filter(marked, items)))
-        items[:] = itertools.filterfalse(marked, items)
+    """Leaves tests marked `optimised` to a process that compiles as users' programs are compiled; with ONE_CASE=1, runs only
+    the first case of each test."""
+    kept, seen = [], set()
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        if FULL_COMPILE or not item.get_closest_marker("optimised"):
+            if os.environ.get("ONE_CASE") != "1" or name not in seen:
+                kept.append(item)
+            seen.add(name)
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in set(map(id, kept))])
+    items[:] = kept
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -101,6 +101,7 @@ def test_our_kernels_package_is_the_one_imported_and_says_so():
     assert importlib.import_module("kernels").__name__ == "kernels"
 
 
+@pytest.mark.slow
 def test_transformers_does_not_take_our_kernels_for_the_hub_package():
     """PyPI has another package called kernels; transformers looks for one by import name and compares versions."""
     if importlib.util.find_spec("transformers") is None:

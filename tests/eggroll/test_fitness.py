@@ -131,6 +131,7 @@ def test_per_group_equals_its_twin(scores, std, data):
     assert metrics["dead_groups"] == dead
 
 
+@pytest.mark.slow
 @PROPERTY
 @hypothesis.given(score_arrays, st.sampled_from(["global", "group", None]))
 def test_columns_and_block_sizes_are_special_cases_of_ids(scores, std):

@@ -195,8 +195,11 @@ def prepared(name, widths):
     return score, params, eggroll.infer_rules(functools.partial(score_alone, score), params, rows(widths)[0])
 
 
-@pytest.mark.parametrize(("design", "rank"), [("crossed", 2), ("antithetic", 2), ("independent", 1)])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "design", "rank"),
+    [*((name, "crossed", 2) for name in MODELS), ("plain", "antithetic", 2), ("linen", "independent", 1)],
+)
 @pytest.mark.usefixtures("double_precision")
 def test_outputs_are_those_of_materialised_weights(name, design, rank):
     score, params, rules = prepared(name, SMALL)
@@ -216,6 +219,7 @@ def test_outputs_are_those_of_materialised_weights(name, design, rank):
         assert float(jnp.mean(leaf == base)) < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("double_precision")
 def test_the_three_models_are_one_model_and_share_their_noise():
     batch, outs = rows(SMALL), []
@@ -283,6 +287,7 @@ def test_materialised_weights_would_be_seen():
     assert memory.temp_size_in_bytes > 128 * 4 * WIDE.model * WIDE.hidden
 
 
+@pytest.mark.slow
 def test_leaves_that_are_no_parameters_are_refused_and_frozen_ones_stay():
     model = NnxModel(SMALL, nnx.Rngs(0))
     everything = nnx.state(model)  # with the dropout's counter, an integer

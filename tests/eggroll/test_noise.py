@@ -19,6 +19,7 @@ def drawn(leaf, key=KEY, ids=IDS, role=noise.LEFT, rank=2, kind="gaussian"):
     return np.asarray(noise.draw([(leaf, role)], key, ids, rank, kind)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", noise.KINDS)
 def test_company_order_and_chunks_do_not_matter(kind):
     leaves = [leaf("a", (6, 400)), leaf("b", (3, 400, 7), "soi"), leaf("c", (9,), "full"), leaf("d", (2000, 3))]

@@ -65,6 +65,7 @@ def test_an_unknown_case_lists_those_that_exist(capsys):
     assert error.value.code == 2 and "population_forward" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_score_compares_equal_results_and_says_what_memory_they_take(monkeypatch):
     model = make(preset("tiny-transformer", vocab=8192, layers=1))
     monkeypatch.setattr(language, "_score_settings", lambda: iter([({"vocab": 8192}, model, 8, 160)]))

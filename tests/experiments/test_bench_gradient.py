@@ -37,6 +37,7 @@ def whole(prompts, tokens):
     return np.concatenate([np.repeat(prompts, 2, axis=0), tokens], axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("twin", [2, 3])
 def test_a_twin_samples_from_the_model_that_ours_scores(problem, twin):
     params, prompts, (tokens, logp) = problem[0], problem[1], problem[twin]
@@ -64,6 +65,7 @@ def test_twins_draw_in_proportion_to_the_probabilities(rollout):
     np.testing.assert_allclose(logp[:, 0], np.log(probability)[np.asarray(tokens)[:, 0]], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_loss_and_gradient_are_ours(problem):
     params, prompts, (tokens, logp), _ = problem
     model, ids, grpo = make(CONFIG), whole(prompts, tokens), PRESETS["grpo"]
@@ -102,6 +104,7 @@ def test_adam_is_optax(problem):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state[0], expected)
 
 
+@pytest.mark.slow
 def test_rows_hold_the_ratios_of_whole_steps_and_parts(monkeypatch):
     shallow(monkeypatch)
     monkeypatch.setattr(gradient, "Work", lambda: WORK)
@@ -131,6 +134,7 @@ def test_every_side_takes_steps_of_its_own_policy(monkeypatch):
         assert gradient.reward(side.tokens(samples)).shape == (4,)
 
 
+@pytest.mark.slow
 def test_scoring_a_usual_vocabulary_takes_a_quarter_of_the_memory_and_says_the_same(monkeypatch):
     monkeypatch.setattr(gradient, "timed_in_turn", lambda fns, repeats: dict.fromkeys(fns, 1.0))
     (row,) = gradient._memory(1)

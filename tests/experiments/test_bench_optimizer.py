@@ -25,6 +25,7 @@ def rows():
         return {row["setting"]["optimizer"]: row for row in optimizers.optimizer(2)}
 
 
+@pytest.mark.slow
 def test_rows_hold_the_ratios_to_adamw(rows):
     sizes = {"width": WIDTH, "layers": 1}
     assert [row["setting"] for row in rows.values()] == [

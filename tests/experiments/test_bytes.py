@@ -169,6 +169,7 @@ def test_an_interrupted_run_ends_with_the_same_metrics(tmp_path, monkeypatch):
     assert rows(whole)[-1]["tokens"] == 12 * 4 * 16
 
 
+@pytest.mark.slow
 def test_evolution_and_every_optimizer_see_the_same_windows(tmp_path):
     task, other = (pretrain.byte_text(load(f"optimizer.name={name}")) for name in ("adamw", "sgd"))
     batch = task.batch(task.train, 1)

@@ -131,6 +131,7 @@ def test_a_run_of_another_config_is_not_taken_for_this_one(started, tmp_path, ca
     assert "es.sigma: stored 0.3, this command 0.1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_jobs_that_fail_and_numbers_of_seeds_that_make_no_sense(tmp_path, capfd, monkeypatch):
     arguments = ["configs/digits.py:nope", f"--workdir={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}"]
     assert compare.main(arguments) == 2

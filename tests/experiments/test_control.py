@@ -138,6 +138,7 @@ def test_bad_settings_are_one_clear_error(override, message):
         control.make_learner(config, envs.make(config.env))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["eggroll", "openes", "ppo"])
 def test_run_resume_and_result(variant, tmp_path):
     overrides = TINY_PPO if variant == "ppo" else TINY_ES
@@ -160,6 +161,7 @@ def test_run_resume_and_result(variant, tmp_path):
     assert again == result and rows(tmp_path / "whole" / "metrics.jsonl") == metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["eggroll", "ppo"])
 def test_an_interrupted_run_ends_bit_equal(variant, tmp_path, monkeypatch):
     config = load(f"cartpole:{variant}", TINY_PPO if variant == "ppo" else TINY_ES)
@@ -186,6 +188,7 @@ def final(workdir):
     return (workdir / "metrics.jsonl").read_bytes(), json.loads((newest / "meta.json").read_text())["leaves"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["eggroll", "ppo"])
 def test_the_step_compiles_once_and_depends_on_the_seed_alone(variant):
     def train(seed):
@@ -202,6 +205,7 @@ def test_the_step_compiles_once_and_depends_on_the_seed_alone(variant):
     assert any(not np.array_equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+@pytest.mark.slow
 def test_common_random_numbers_and_episodes_of_their_own():
     env = envs.make("CartPole-v1", max_steps=60)
 
@@ -274,6 +278,7 @@ def command(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     config = "--config=configs/control_cartpole.py"
     tiny = [f"--config.{override}" for override in TINY_ES]

@@ -33,6 +33,7 @@ def pth(torch, tmp_path):
     return tmp_path / "rwkv7.pth"
 
 
+@pytest.mark.slow
 def test_the_command_converts_what_load_reads(pth, tmp_path):
     target = tmp_path / "converted"
     command = [sys.executable, "-m", "experiments.convert_rwkv", f"--source={pth}", f"--target={target}"]

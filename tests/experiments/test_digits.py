@@ -53,6 +53,7 @@ def test_minibatches_depend_on_seed_and_step_alone():
     assert all(np.mean(one == other) < 0.1 for other in others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "least"), [("eggroll", 0.75), ("backprop", 0.9)])
 def test_small_recipe_learns(variant, least, tmp_path):
     result = pretrain.train(load(variant), str(tmp_path))
@@ -65,6 +66,7 @@ def test_small_recipe_learns(variant, least, tmp_path):
     assert history[-1]["fitness_mean"] > history[0]["fitness_mean"] + 1
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_metrics(tmp_path, monkeypatch):
     config = load("eggroll", "es.members=64", "steps=30", "save_every=10")
     whole, broken = tmp_path / "whole", tmp_path / "broken"

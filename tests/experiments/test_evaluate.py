@@ -171,6 +171,7 @@ def run(start, tmp_path_factory):
     return workdir, train.train(config_of(start, "steps=1"), workdir)
 
 
+@pytest.mark.slow
 def test_a_run_exports_what_it_evaluated_and_keeps_it(run, start):
     workdir, result = run
     model, params, tokenizer = load(workdir / "model")

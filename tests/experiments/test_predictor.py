@@ -16,6 +16,7 @@ def start(tmp_path_factory):
     return save_start(tmp_path_factory.mktemp("start") / "model")
 
 
+@pytest.mark.slow
 def test_a_run_teaches_a_predictor_that_the_next_one_selects_by(start, tmp_path, capsys):
     def config_of(*overrides, variant):
         path = f"{ROOT / 'tests/rl/learners/tiny_grpo.py'}:{variant}"

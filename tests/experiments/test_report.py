@@ -27,6 +27,7 @@ def test_every_table_is_one_block_of_rows_of_one_width():
         assert len({line.count("|") for line in lines}) == 1
 
 
+@pytest.mark.slow
 def test_the_readme_example_goes_from_and_to_where_it_says():
     text = (report.ROOT / "README.md").read_text(encoding="utf-8")
     example = re.search(r"```python\n(import eggroll.*?)```", text, re.DOTALL)[1]
@@ -38,6 +39,7 @@ def test_the_readme_example_goes_from_and_to_where_it_says():
     assert first == pytest.approx(float(stated[1]), abs=0.005) and last == pytest.approx(float(stated[2]), abs=0.03)
 
 
+@pytest.mark.slow
 def test_the_readme_example_of_the_engine_runs():
     pytest.importorskip("tokenizers", reason="needs the extra language")
     stories = Path(os.environ.get("EGGROLL_DATA", report.ROOT.parent / "shared" / "data")) / "stories260K"

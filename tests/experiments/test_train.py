@@ -65,6 +65,7 @@ def whole(start, tmp_path_factory):
     return workdir, config, train.train(config, workdir)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_it_should(whole):
     workdir, config, result = whole
     metrics, samples = rows(workdir / "metrics.jsonl"), rows(workdir / "samples.jsonl")
@@ -220,6 +221,7 @@ def test_solutions_and_an_end_token_are_needed(start):
 # -- resume ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_bit_equal(whole, tmp_path, monkeypatch):
     workdir, config, _ = whole
     record = Run.record
@@ -286,6 +288,7 @@ def test_fitness_by_hand(start):
 # -- other kinds of run ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_full_rank_noise_pass_at_k_and_randomness_of_each_member(start, tmp_path):
     pytest.importorskip("tensorboardX", reason="extra tensorboard is not installed")
     overrides = ["method=openes", "fitness=pass_at", "samples=3", "k=2", "sampling.temperature=1.0", "log_samples=1000"]
@@ -315,6 +318,7 @@ def test_frozen_parameters_stay_as_they_are(start, tmp_path):
         assert np.array_equal(old, new) == ("embed" in name or "norm" in name), name
 
 
+@pytest.mark.slow
 def test_members_share_randomness_and_differ_by_their_weights_alone(start, tmp_path):
     alike = ["sampling.temperature=1.0", "es.sigma=1e-9", "optimizer.learning_rate=1e-30"]
     one = ["task.problems=1", "prompts=1", "samples=8", "steps=2", "warm_start.steps=0", "log_samples=1000"]

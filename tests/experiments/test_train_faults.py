@@ -35,6 +35,7 @@ def faulty_task(monkeypatch, fault_of):
     return {p.id: p.answer for p in problems("train", 10, 0)}
 
 
+@pytest.mark.slow
 def test_every_fault_costs_its_samples_and_the_run_goes_on(start, tmp_path, monkeypatch):
     """Each fault on some completions of one prompt and on all of another."""
     answers = faulty_task(

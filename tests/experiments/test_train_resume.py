@@ -57,7 +57,7 @@ def test_killed_anywhere_ends_bit_equal(tmp_path):
     time.sleep(rng.uniform(0, 0.3))
     kill(process)
     assert not (tmp_path / "killed" / "metrics.jsonl").read_bytes()
-    for _ in range(3):
+    for _ in range(2):
         process = command("killed")
         wait_for(process, lines() + 1)
         time.sleep(rng.uniform(0, 0.2))

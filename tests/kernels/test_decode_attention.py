@@ -266,6 +266,7 @@ def test_shapes_that_do_not_fit_are_refused(q, k, v):
         attend(jnp.zeros(q), jnp.zeros(k), jnp.zeros(v), 1)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_reference():
     q, k, v = operands(4, 2, 8)
     loss = lambda name: lambda *operands: jnp.sum(jnp.sin(attend(*operands, 7, implementation=name)))

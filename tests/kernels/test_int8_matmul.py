@@ -74,6 +74,8 @@ class TestAgainstTwin:
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
     def test_layouts(self, implementation, layout):
+        if implementation == "pallas_gpu" and list(LAYOUTS).index(layout) % 2:
+            pytest.skip("the layout is the same code for both; its interpreter is slow")
         *axes, k, n = LAYOUTS[layout]
         members = int(np.prod(np.broadcast_shapes(*axes[:3])))
         rows = -(-{"pallas_tpu": 280}.get(implementation, 70) // members)  # more than one tile of rows
@@ -83,7 +85,7 @@ class TestAgainstTwin:
         np.testing.assert_array_equal(got, want)
         assert len(np.unique(want)) > 100  # not all clipped
 
-    @pytest.mark.parametrize("seed", range(4))
+    @pytest.mark.parametrize("seed", range(3))
     def test_random_shapes(self, seed):
         rng = np.random.default_rng(seed)
         p, q, rows, k, n = (int(rng.integers(1, high)) for high in (5, 5, 4, 300, 80))

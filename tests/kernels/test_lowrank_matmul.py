@@ -90,9 +90,7 @@ class TestKernels:
         [
             ("one", 300, 200, 300, 2),
             ("independent", 1, 130, 140, 1),
-            ("independent", 3, 64, 128, 3),
             ("antithetic", 1, 130, 129, 1),
-            ("crossed", 1, 128, 256, 1),
             ("crossed", 4, 65, 96, 4),
             ("crossed the other way", 1, 128, 40, 2),
             ("shared input", 2, 96, 128, 1),

@@ -55,6 +55,7 @@ def start(population, **settings):
     return es, es.init(params, jax.random.key(2)), jax.random.normal(jax.random.key(3), (3, 8))
 
 
+@pytest.mark.slow
 def test_the_members_forward(switched):
     es, state, batch = start(eggroll.crossed(24))
     evaluate = lambda state, batch: es.evaluate(state, network, batch)
@@ -67,6 +68,7 @@ def test_the_members_forward(switched):
     assert module.count("stablehlo.custom_call @tpu_custom_call") == 1
 
 
+@pytest.mark.slow
 def test_the_estimate_makes_its_factors(switched):
     es, state, _ = start(eggroll.antithetic(10))
     estimate = lambda state, scores: es.estimate(state, scores).gradient

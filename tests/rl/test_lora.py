@@ -40,6 +40,7 @@ def test_starts_as_the_given_model_with_adapters_where_asked(scan_layers):
     assert 0.85 < spread.std() < 1.15 and np.unique(spread).size == spread.size
 
 
+@pytest.mark.slow
 def test_its_gradient_is_the_chain_rule_through_the_full_one():
     """dA = s dW B^T and dB = s A^T dW."""
     with jax.enable_x64(True):

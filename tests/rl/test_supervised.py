@@ -37,6 +37,7 @@ def test_examples_by_hand():
         supervised.examples([[1], [2]], [[2]], end=0)
 
 
+@pytest.mark.slow
 def test_loss_is_the_mean_over_the_tokens_after_the_prompts():
     batch = supervised.examples(PROMPTS, SOLUTIONS, end=0)
     logp = []

@@ -24,6 +24,7 @@ def prepared(request):
     return model, model.init(jax.random.key(3))
 
 
+@pytest.mark.slow
 def test_every_prompt_alone_gives_the_same_mean(prepared):
     model, params = prepared
     found = embed(model, params, IDS)

@@ -198,6 +198,7 @@ def trained():
     return embedding, difficulty, params, losses
 
 
+@pytest.mark.slow
 def test_training_learns_what_distances_do_not_say(trained):
     embedding, difficulty, params, losses = trained
     assert losses[-1] < losses[0] - 0.05

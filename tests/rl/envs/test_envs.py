@@ -108,6 +108,7 @@ def test_names_can_be_made():
     assert {"CartPole-v1", "Breakout-MinAtar"} <= set(known) and "MNISTBandit-bsuite" not in known
 
 
+@pytest.mark.slow
 def test_brax_facts_and_steps():
     pytest.importorskip("brax")
     env = envs.make("brax/inverted_pendulum", max_steps=3)

@@ -44,6 +44,7 @@ def order(step, epoch, count):
 # -- a step ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("minibatches", "epochs"), [(1, 1), (2, 2)])
 def test_two_steps_are_the_plain_computation(minibatches, epochs):
     model, params = start()
@@ -119,6 +120,7 @@ def test_the_step_is_scaled_by_the_effective_samples():
     trees_close(scaled.params, jax.tree.map(lambda p, q: p + scale * (q - p), params, whole.params), 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norms", ["exact", "logits"])
 def test_baselines_of_least_variance_see_penalised_rewards(norms):
     """VCPO: b* = sum w^2 n R / sum w^2 n, n by full logits or, exactly, one gradient per answer."""
@@ -312,6 +314,7 @@ def test_replayed_groups_are_learnt_from_as_fresh_ones():
         method.learn(mixed, batch, groups.take(np.array([3])))
 
 
+@pytest.mark.slow
 def test_only_the_factors_of_an_adapter_learn():
     model, params = start()
     adapter = Lora(rank=2, alpha=6.0, pattern="kernel")

@@ -34,6 +34,7 @@ def whole(recorded):
     return out
 
 
+@pytest.mark.slow
 def test_r3_forces_what_the_sampler_used_in_the_update_and_in_the_proximal_pass():
     """The reference, in the KL penalty, routes for itself."""
     model, params = start(MOE)

@@ -107,6 +107,7 @@ def test_a_selection_that_returns_nothing_is_an_error(monkeypatch):
 # -- runs ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["mixed", "anchored"])
 def test_an_interrupted_run_with_everything_ends_bit_equal(start, tmp_path, monkeypatch, variant):
     """All of it is in the checkpoint: refills, replay, a measured selection, a policy of two steps ago, minibatches; and
@@ -154,6 +155,7 @@ def test_a_batch_that_cannot_be_learnt_from_ends_the_run_and_is_kept(start, tmp_
     assert not (tmp_path / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_adapters_and_recorded_experts_through_the_whole_loop(tmp_path):
     """A mixture of experts: what the engine recorded is forced; the mean that is evaluated has the adapters merged."""
     config = config_of(

@@ -19,7 +19,7 @@ KINDS = {
     "moe": SHAPES["moe"],
     "rwkv7": SHAPES["rwkv7"],
 }
-CASES = [(name, True) for name in KINDS] + [("qwen3", False)]
+CASES = [(name, name != "qwen3") for name in KINDS]
 ROWS = np.random.default_rng(5).integers(0, VOCAB, (2, 7))
 
 
@@ -38,6 +38,7 @@ def prepared(config, population=None, **settings):
     return model, es, es.init(random_params(model, 0.5), jax.random.key(3)), functools.partial(score, model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "scan_layers"), CASES, ids=[f"{n}-{'scan' if s else 'loop'}" for n, s in CASES])
 def test_members_equal_their_materialised_parameters_and_form_no_weight(name, scan_layers):
     model, es, state, fitness = prepared(dataclasses.replace(KINDS[name], scan_layers=scan_layers))
@@ -58,6 +59,7 @@ def test_members_equal_their_materialised_parameters_and_form_no_weight(name, sc
     np.testing.assert_allclose(scores, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_forced_experts_and_layers_without_experts_evolve_too():
     model, es, state, _ = prepared(dataclasses.replace(MIXED, layers=2, dense_layers=(0,)))
     forced = jnp.asarray(np.random.default_rng(0).integers(0, 5, (2, 7, 2)))
@@ -68,6 +70,7 @@ def test_forced_experts_and_layers_without_experts_evolve_too():
     np.testing.assert_allclose(scores[:, 0], [expected(n) for n in range(8)], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_bf16_members():
     model, es, state, _ = prepared(dataclasses.replace(KINDS["qwen3"], dtype="bfloat16", scan_layers=True))
     fitness = lambda params, ids: model.head(params, model.forward(params, ids)[0]).mean()

@@ -45,6 +45,7 @@ def test_stored_logits(name, tmp_path):
         np.testing.assert_allclose(answer, reference["logits"][name], atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(checkpoints.TRANSFORMERS))
 def test_transformers_gives_the_same_logits_from_its_directory_and_from_ours(name, tmp_path):
     pytest.importorskip("torch", reason=needs_reference)
@@ -124,6 +125,7 @@ def test_stories_logits_and_log_probs(stories):
         np.testing.assert_allclose(logp, prompt["prompt_logprobs"], atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_stories_greedy_continuations(stories):
     (model, params, _), prompts = stories
 

@@ -70,6 +70,7 @@ def test_density_zero_is_sign_descent_bit_for_bit_without_state(kind):
     assert all(size == 0 for path, size in bytes_.items() if "kernel" in path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SUBSETS)
 def test_density_one_is_adamw_until_the_first_refresh(kind):
     tx, adamw = optim.frugal(0.1, 1.0, projection=kind, weight_decay=0.3), optax.adamw(0.1, weight_decay=0.3)

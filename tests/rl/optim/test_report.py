@@ -65,6 +65,7 @@ def test_the_published_table(name):
         assert gib(optim.galore(1e-3, width // 4, side="long"), name) == galore
 
 
+@pytest.mark.slow
 def test_the_family_at_one_billion():
     """GiB for rank 512 in linear layers and AdamW elsewhere, or the method on all parameters."""
     sizes = {
@@ -140,6 +141,7 @@ def test_bytes_go_to_the_parameter_of_the_longest_name():
         assert optim.report(tx, params).parameters == {"kernel": 8 * 16, "z/kernel": 8 * 64}
 
 
+@pytest.mark.slow
 def test_a_flax_state_is_named_like_a_dict():
     params = nnx.state(nnx.Linear(4, 6, rngs=nnx.Rngs(0)), nnx.Param)
     for tx in (optim.frugal(1e-3, 0.5, projection="columns"), optim.adam8bit(1e-3, rules=(("kernel", "coded"),))):

@@ -18,6 +18,7 @@ from tests.rl.models.tiny import SHAPES
 from tests.rl.rollout.routed import SETTINGS, asked, expected, prepared, run, whole
 
 
+@pytest.mark.slow
 def test_recomputed_experts_are_those_recorded():
     model, params = prepared()
     got, requests = whole(), asked()

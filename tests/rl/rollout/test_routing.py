@@ -49,6 +49,7 @@ SIZES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_sizes_change_nothing(sizes):
     np.testing.assert_array_equal(run(**sizes).experts, whole().experts)
@@ -106,6 +107,7 @@ def test_submitted_rows():
     np.testing.assert_array_equal(got.experts, whole().experts[[1, 3, 0, 2, 4, 5, 6, 7]])
 
 
+@pytest.mark.slow
 def test_members_of_a_population():
     model, params = prepared()
     es = eggroll.strategy(optax.sgd(0.1), population=eggroll.crossed(4), sigma=0.3, rules=model.rules)

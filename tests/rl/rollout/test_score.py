@@ -147,6 +147,7 @@ def test_bf16_and_f64():
         close(score(model, params, ids, lengths), exact, 2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tied transformer", "transformer"])
 def test_a_population_scores_as_its_members_do_alone(name):
     """Low-rank perturbed heads, tied or not: `score_row` is any function of params to `eggroll`."""

@@ -101,6 +101,7 @@ def test_gold_answers_equal_a_plain_reading_of_the_last_line():
             assert final_number(record.answer, marker_required=True) == int(last)
 
 
+@pytest.mark.slow
 @needs_data
 @needs_tfds
 def test_tfds_offline_gives_the_same_problems(tmp_path, monkeypatch):
