@@ -52,8 +52,18 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, tensorboard: b
             show=_SHOWN, logs=("samples.jsonl", "judged.jsonl"),
             tensorboard=tensorboard,
         )  # fmt: skip
-        with run:
-            return loop(run, setup, warm_start(run, setup, params))
+        try:
+            with run:
+                return loop(run, setup, warm_start(run, setup, params))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            knob = "es.chunk" if setup.learner.members else "gradient.tokens"
+            raise RunError(
+                f"the device has too little memory ({str(error).splitlines()[0]}): lower config.engine.slots = "
+                f"{config.engine.slots} (while sampling) or config.{knob} = {config[knob.split('.')[0]][knob.split('.')[1]]} "
+                "(while learning); python -m experiments.fit says what fits"
+            ) from error
 
 
 class State(NamedTuple):
@@ -179,7 +189,7 @@ def complete(setup: Setup, state: State, rows: np.ndarray, samples: int) -> Answ
         problems, learner.members, samples, config.budget, int(state.asked), common=learner.common
     )
     weights, version = learner.weights(state.learner)
-    rollouts = generate(setup.model, setup.settings, weights, requests, setup.key, version=version)
+    rollouts = generate(setup.model, setup.settings, weights, requests, setup.key, version=int(version))
     asked = np.tile(np.repeat(np.arange(len(problems)), samples), max(learner.members, 1))
     texts, scored = verdicts(setup, problems, asked, rollouts)
     return Answers(np.asarray(rows, np.int32), texts, rollouts, scored)
@@ -240,12 +250,15 @@ def plan(setup: Setup, state: State) -> str:
     rows = max(learner.members, 1) * c.prompts * c.samples
     who = f"{learner.members} members x " if learner.members else ""
     weights = sum(x.size for x in jax.tree.leaves(learner.mean(state.learner)))
-    kept = tree_bytes((state.selection, state.replay))
+    needs = learner.plan(state.learner) | {
+        "prompts and replay": tree_bytes((state.selection, state.replay)),
+        "cache of config.engine.slots": engine.cache_bytes(setup.model, setup.settings),
+    }
     return (
         f"{weights:,} parameters; {who}{c.prompts} prompts x {c.samples} samples = {rows:,} completions a step in "
         f"{setup.settings.slots} slots of {setup.settings.length} tokens\n"
-        f"memory: {learner.plan(state.learner)}, prompts and replay {kept / mib:.1f} MiB, "
-        f"cache {engine.cache_bytes(setup.model, setup.settings) / mib:.1f} MiB (config.engine.slots)"
+        f"memory in MiB: {', '.join(f'{name} {size / mib:.1f}' for name, size in needs.items() if size)} "
+        "(`python -m experiments.fit` says what fits)"
     )
 
 

@@ -19,6 +19,7 @@ from jax import Array, lax
 
 from eggroll import Estimate
 from kernels import token_logprob
+from rl.data import packing
 from rl.data.packing import Shape
 from rl.models.language import LanguageModel, Params, head_of
 from rl.objectives.policy_gradient import Credit, Objective, loss
@@ -219,7 +220,8 @@ def activation_bytes(
     objective: Objective,
     shape: Shape,
     *,
-    merge: Callable[[Any], Params] = lambda params: params,
+    merge: Callable[[Any, Any], Params] = lambda base, params: params,
+    base: Any = None,
 ) -> int:
     """About the bytes that `estimate` takes beside its arguments and the gradient: for one micro-batch, what its forward pass
     keeps for the backward pass, and the logits of one block.
@@ -228,30 +230,23 @@ def activation_bytes(
     and with remat for the layer made again): compiled programs were seen to take between 0.5 and 2.5 times as much.
 
     Args:
-        model, objective, merge: as `estimate`.
+        model, objective: as `estimate`.
         params: arrays or shapes.
+        merge: (base, params) -> the model's parameters.
+        base: arrays or shapes that merging needs.
         shape: of the micro-batches; how many there are makes no difference.
     """
-    array = lambda dtype, *size: jax.ShapeDtypeStruct(size, dtype)
-    tokens, places = (shape.rows, shape.capacity), (shape.sequences,)
-    columns = {name: array(jnp.int32, *places) for name in ("source", "row", "offset", "prompt_length", "length")}
-    number = array(jnp.float32, *places, shape.longest)
-    micro = TrainBatch(
-        ids=array(jnp.int32, *tokens), segments=array(jnp.int32, *tokens), used=array(jnp.int32),
-        longest=shape.longest, mask=array(jnp.bool_, *places, shape.longest), counted=array(jnp.bool_, *places),
-        advantage=number, behaviour=number, proximal=number, reference=number, **columns,
-    )  # fmt: skip
 
-    def kept(params, micro):
+    def kept(params, base, micro):
         def numerator(params):
-            logp, entropy = completion_logp(model, merge(params), micro)
+            logp, entropy = completion_logp(model, merge(base, params), micro)
             return loss(objective, logp, entropy, credit_of(micro)).numerator
 
         return jax.vjp(numerator, params)[1]
 
     size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
     logits = 4 * min(_block(), shape.rows * shape.capacity) * model.config.vocab
-    return max(size(jax.eval_shape(kept, params, micro)) - size(params), 0) + logits
+    return max(size(jax.eval_shape(kept, params, base, packing.shapes(shape))) - size((params, base)), 0) + logits
 
 
 def credit_of(micro: TrainBatch) -> Credit:

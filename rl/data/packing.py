@@ -10,6 +10,7 @@ of the attention is between tokens that may not see each other. Host NumPy throu
 
 import dataclasses
 
+import jax
 import numpy as np
 
 from rl.types import TrainBatch
@@ -179,6 +180,19 @@ def micro_batches(
         **dict.fromkeys(columns, source),
     )  # fmt: skip
     return dataclasses.replace(batch, **{name: batch.spread(x).astype(np.int32) for name, x in columns.items()})
+
+
+def shapes(shape: Shape) -> TrainBatch:
+    """Shapes and dtypes of one micro-batch without recorded experts, to trace or compile for."""
+    array = lambda dtype, *size: jax.ShapeDtypeStruct(size, dtype)
+    tokens, places = (shape.rows, shape.capacity), (shape.sequences,)
+    columns = {name: array(np.int32, *places) for name in ("source", "row", "offset", "prompt_length", "length")}
+    number = array(np.float32, *places, shape.longest)
+    return TrainBatch(
+        ids=array(np.int32, *tokens), segments=array(np.int32, *tokens), used=array(np.int32),
+        longest=shape.longest, mask=array(np.bool_, *places, shape.longest), counted=array(np.bool_, *places),
+        advantage=number, behaviour=number, proximal=number, reference=number, **columns,
+    )  # fmt: skip
 
 
 def _tokens(prompt, prompt_length, tokens, length, layout: Layout, place, shape) -> tuple[np.ndarray, np.ndarray]:

@@ -31,22 +31,26 @@ def learner(es: eggroll.Strategy, fitness: Fitness, key: jax.Array, *, common: b
         value, ok = (answers.by_member(x, members) for x in (answers.scored.value, answers.scored.ok))
         return update(state, member_fitness(fitness, value, ok))
 
-    def plan(state: eggroll.State) -> str:
+    def plan(state: eggroll.State) -> dict[str, int]:
         drawn = jax.eval_shape(es.draw, state)
-        mib = lambda *trees: f"{tree_bytes(trees) / 2**20:.1f} MiB"
-        return (
-            f"parameters {mib(state.params, state.master)}, optimizer {mib(state.opt_state)}, "
-            f"noise {mib(drawn.lefts, drawn.rights)}"
-        )
+        return {
+            "parameters": tree_bytes((state.params, state.master)),
+            "optimizer": tree_bytes(state.opt_state),
+            "noise": tree_bytes((drawn.lefts, drawn.rights)),
+        }
+
+    def compile(state: eggroll.State) -> jax.stages.Compiled:
+        return update.lower(state, jax.ShapeDtypeStruct((members,), np.float32)).compile()
 
     return Learner(
         members=members,
         common=common,
         init=lambda params: es.init(params, key),
-        weights=lambda state: (draw(state), int(state.generation)),
+        weights=lambda state: (draw(state), state.generation),
         mean=lambda state: state.params,
         learn=learn,
         plan=plan,
+        compile=compile,
     )
 
 

@@ -97,7 +97,11 @@ def learner(
         weights=weights,
         mean=lambda state: state.params if state.base is None else merged(state.base, state.params),
         learn=step.learn,
-        plan=lambda state: _plan(optimizer, state, functools.partial(_activations, model, settings, shape)),
+        plan=lambda state: (
+            _plan(optimizer, state)
+            | {"activations of config.gradient.tokens, about": _activations(model, settings, shape, state)}
+        ),
+        compile=step.compile,
         record_experts=settings.routing == "r3",
     )
 
@@ -193,6 +197,14 @@ class _Step:
         self.check(metrics, groups)
         state = state._replace(params=params, master=master, opt_state=opt_state, skipped=skipped, step=state.step + 1)
         return state, metrics
+
+    def compile(self, state: State) -> jax.stages.Compiled:
+        """The update for one micro-batch; more of them take no more memory beside their own numbers."""
+        one = packing.shapes(self.shape)
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), one)
+        batch = dataclasses.replace(batch, used=one.used)
+        learning = (state.params, state.master, state.opt_state, state.skipped)
+        return self.update.lower(learning, state.base, batch).compile()
 
     def split(self, step: int, epoch: int, size: int) -> list[np.ndarray]:
         """The groups of each minibatch, in an order of the epoch's own."""
@@ -328,17 +340,15 @@ def _metrics(measured: Sequence[tuple[dict[str, tuple[Array, Array]], dict[str, 
 
 
 def _activations(model: LanguageModel, settings: Settings, shape: packing.Shape, state: State) -> int:
-    merge = functools.partial(_whole(settings), state.base)
-    return estimates.activation_bytes(model, state.params, settings.objective, shape, merge=merge)
+    merge = _whole(settings)
+    return estimates.activation_bytes(model, state.params, settings.objective, shape, merge=merge, base=state.base)
 
 
-def _plan(optimizer: optax.GradientTransformation, state: State, activations: Callable[[State], int]) -> str:
-    mib = lambda *trees: f"{tree_bytes(trees) / 2**20:.1f} MiB"
-    parts = {
-        "parameters": mib(state.params, state.master, state.base),
-        "gradients": mib(jax.eval_shape(estimates.wide_zeros, state.params)),
-        "optimizer": str(optim.report(optimizer, eggroll.estimate.masters(state.params, state.master))),
-        "older policies": mib(state.history, state.reference, state.previous),
+def _plan(optimizer: optax.GradientTransformation, state: State) -> dict[str, int]:
+    of_state = optim.report(optimizer, eggroll.estimate.masters(state.params, state.master))
+    return {
+        "parameters": tree_bytes((state.params, state.master, state.base)),
+        "gradients": tree_bytes(jax.eval_shape(estimates.wide_zeros, state.params)),
+        **{f"optimizer {group}".rstrip(): size for group, size in of_state.groups.items()},
+        "older policies": tree_bytes((state.history, state.reference, state.previous)),
     }
-    held = ", ".join(f"{name} {size}" for name, size in parts.items() if not size.startswith("0.0 MiB"))
-    return f"{held}, activations about {activations(state) / 2**20:.1f} MiB (config.gradient.tokens)"

@@ -52,20 +52,22 @@ class Learner(NamedTuple):
         members: of the population that answers every prompt; 0 where one policy does.
         common: whether members share the randomness of each (prompt, sample).
         init: params -> state.
-        weights: state -> (what the engine decodes with, its version: updates made before it).
+        weights: state -> (what the engine decodes with, its version: updates made before it, a whole number or i32).
         mean: state -> parameters, what is evaluated.
         learn: (state, answers, replayed groups or None) -> (state, metrics as scalars).
-        plan: state -> text: memory the method needs, before it takes it.
+        plan: state or its shapes -> bytes by name: memory the method needs, before it takes it.
+        compile: state or its shapes -> the compiled update, whose `memory_analysis` says what it takes beside its arguments.
         record_experts: whether the engine has to record which experts it used (routing replay).
     """
 
     members: int
     common: bool
     init: Callable[[Params], Any]
-    weights: Callable[[Any], tuple[Any, int]]
+    weights: Callable[[Any], tuple[Any, int | jax.Array]]
     mean: Callable[[Any], Params]
     learn: Callable[[Any, Answers, Groups | None], tuple[Any, dict[str, Any]]]
-    plan: Callable[[Any], str]
+    plan: Callable[[Any], dict[str, int]]
+    compile: Callable[[Any], jax.stages.Compiled]
     record_experts: bool = False
 
 
