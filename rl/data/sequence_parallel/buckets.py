@@ -19,7 +19,9 @@ def boundaries(lengths: Sequence[int], count: int) -> np.ndarray:
         i64, ascending.
     """
     if count < 1 or not len(lengths):
-        raise ValueError(f"there must be sequences and at least 1 bucket; got {len(lengths)} sequences and {count} buckets")
+        raise ValueError(
+            f"there must be sequences and at least 1 bucket; got {len(lengths)} sequences and {count} buckets"
+        )
     distinct, times = np.unique(np.asarray(lengths, np.int64), return_counts=True)
     m = len(distinct)
     n_until, tokens_until = (np.concatenate([[0], np.cumsum(x)]) for x in (times, times * distinct))
@@ -101,3 +103,19 @@ def _runs(until: np.ndarray, bound: int) -> list[int]:
         ends.append(int(np.searchsorted(until, done + bound, side="right")))
         done = int(until[ends[-1] - 1])
     return ends
+
+
+def deal(lengths: Sequence[int], parts: int) -> list[np.ndarray]:
+    """Sequences, longest first, each to the part with the fewest tokens: parts of mixed lengths, which fill groups better.
+
+    Returns:
+        indices of each part that is not empty.
+    """
+    if parts < 1:
+        raise ValueError(f"a batch must be cut into at least 1 micro-batch; got {parts}")
+    lengths = np.asarray(lengths, np.int64)
+    tokens, part = np.zeros(parts, np.int64), np.empty(len(lengths), np.int64)
+    for i in np.argsort(-lengths, kind="stable"):
+        part[i] = tokens.argmin()
+        tokens[part[i]] += lengths[i]
+    return [np.flatnonzero(part == k) for k in np.unique(part)]

@@ -1,7 +1,7 @@
 """What a group of devices needs for the sequences that it shares: seconds, and tokens of memory.
 
-Ulysses-type sequence parallelism: the d devices of a group hold s / d tokens each of a sequence of s tokens, and exchange them for
-heads (all-to-all) around every attention. After FlexSP (Wang et al. 2024, arXiv 2412.01523).
+Ulysses-type sequence parallelism: the d devices of a group hold s / d tokens each of a sequence of s tokens, and exchange them
+for heads (all-to-all) around every attention. After FlexSP (Wang et al. 2024, arXiv 2412.01523).
 """
 
 import dataclasses

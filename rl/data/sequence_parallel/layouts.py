@@ -1,7 +1,7 @@
 """How devices may be divided into groups: i64 [K, D], row k has layouts[k, j] groups of the profile's degree j.
 
-The three below are what a plan may choose from, and all that tells an adaptive method from a static one. Groups may stay empty, so
-a layout also stands for those that leave devices idle.
+The three below are what a plan may choose from, and all that tells an adaptive method from a static one. Groups may stay empty,
+so a layout also stands for those that leave devices idle.
 """
 
 import functools
