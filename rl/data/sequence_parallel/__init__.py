@@ -14,9 +14,9 @@ balancing over data-parallel ranks. The packed rows of `rl.data.packing` are all
 from rl.data.sequence_parallel.buckets import boundaries, bucketed, deal, split
 from rl.data.sequence_parallel.cost import GPT_7B, Profile, capacity, group_seconds, sequence_seconds
 from rl.data.sequence_parallel.layouts import adaptive, homogeneous, static
-from rl.data.sequence_parallel.solver import Groups, plan
+from rl.data.sequence_parallel.solver import Groups, plan, solve
 
 __all__ = [
     "GPT_7B", "Groups", "Profile", "adaptive", "boundaries", "bucketed", "capacity", "deal", "group_seconds", "homogeneous",
-    "plan", "sequence_seconds", "split", "static",
+    "plan", "sequence_seconds", "solve", "split", "static",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ FlexSP (arXiv 2412.01523) solves the exact problem, a mixed-integer program, ins
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -57,8 +58,8 @@ class _Micro(NamedTuple):
 def plan(lengths: Sequence[int], profile: Profile, capacity: int, layouts: np.ndarray) -> tuple[Groups, ...]:
     """A batch as micro-batches, each divided over the devices; the sum of their seconds is the step's.
 
-    The batch is cut into the fewest micro-batches that memory allows, and one to four more, of like lengths and of mixed lengths;
-    the fastest is kept.
+    The batch is cut into the fewest micro-batches that memory allows, and one to four more, of like lengths and of mixed
+    lengths; the fastest is kept.
 
     Args:
         lengths: [n] tokens, known before the step.
@@ -77,7 +78,7 @@ def plan(lengths: Sequence[int], profile: Profile, capacity: int, layouts: np.nd
     _check(lengths, capacity, degrees, layouts)
     best, fastest, tried = (), np.inf, 0
     fewest = -(-int(lengths.sum()) // (capacity * int(layouts[0] @ degrees)))
-    for parts in range(fewest, len(lengths) + 1):
+    for parts in range(max(1, fewest), len(lengths) + 1):
         # as many micro-batches as sequences always fit: then none has more tokens than the longest sequence
         fits = False
         for cut in (split, deal):
@@ -87,14 +88,37 @@ def plan(lengths: Sequence[int], profile: Profile, capacity: int, layouts: np.nd
             fits |= found is not None
             if found:
                 best = tuple(
-                    Groups(run, group, degree, profile.constant + slowest, profile.constant + float(micro.bounds.min()))
-                    for run, micro, (slowest, degree, group) in zip(runs, micros, found, strict=True)
+                    itertools.starmap(functools.partial(_groups, profile), zip(runs, micros, found, strict=True))
                 )
                 fastest = sum(groups.seconds for groups in best)
         tried += fits
         if tried == _SPLITS:
             break
     return best
+
+
+def solve(lengths: Sequence[int], profile: Profile, capacity: int, layouts: np.ndarray) -> Groups:
+    """One micro-batch divided over the devices; see `plan`.
+
+    Raises:
+        ValueError: a sequence that no group can hold, or no division found that memory allows.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    degrees = np.array(profile.degrees[: layouts.shape[1]])
+    _check(lengths, capacity, degrees, layouts)
+    micro = _micro(lengths, profile, degrees, capacity, layouts)
+    found = _solve(micro)
+    if found is None:
+        raise ValueError(
+            f"the sequences of a micro-batch must fit {int(layouts[0] @ degrees)} devices of {capacity} tokens; got "
+            f"{len(lengths)} sequences of {lengths.sum()} tokens and found no way: make several micro-batches of them (`plan`)"
+        )
+    return _groups(profile, np.arange(len(lengths)), micro, found)
+
+
+def _groups(profile: Profile, sequence: np.ndarray, micro: _Micro, found: _Way) -> Groups:
+    slowest, degree, group = found
+    return Groups(sequence, group, degree, profile.constant + slowest, profile.constant + float(micro.bounds.min()))
 
 
 def _check(lengths: np.ndarray, capacity: int, degrees: np.ndarray, layouts: np.ndarray) -> None:
