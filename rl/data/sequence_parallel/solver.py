@@ -162,9 +162,8 @@ def _solve(micro: _Micro) -> _Way | None:
     at_once, best = max(16, _FILLED // len(micro.lengths)), None
     for some in (order[~mixed], order[mixed]):  # all of one size first: to be no worse than they are
         filled: list[_Way] = []
-        for start in range(
-            0, len(some), at_once
-        ):  # a second turn only where memory is so short that all of the first failed
+        # a second turn only where memory is so short that all of the first failed
+        for start in range(0, len(some), at_once):
             filled = filled or _fill(micro, micro.layouts[some[start : start + at_once]])
         ways = [_improve(micro, *way[1:]) for way in sorted(filled, key=lambda way: way[0])[:_IMPROVED]]
         best = min([*ways, *([best] if best else [])], key=lambda way: way[0], default=None)
@@ -200,7 +199,7 @@ def _fill(micro: _Micro, layouts: np.ndarray) -> list[_Way]:
     """Ways to fill layouts, all layouts at once, longest sequence first, each into
 
     * the group that is then done first, or
-    * the group that is then least full of tokens, which fits more, or
+    * the group that is then least full of tokens, or the fullest one that holds it, which need less memory, or
     * of the smallest groups that are then done by a limit the least loaded one, the limit being bisected: long sequences would
       else take the large groups' slow links where small groups have time enough.
     """
@@ -210,19 +209,22 @@ def _fill(micro: _Micro, layouts: np.ndarray) -> list[_Way]:
         row[: counts.sum()] = np.repeat(np.arange(len(degrees)), counts)[::-1]
     size = np.where(kinds >= 0, degrees[kinds] * capacity, 0)
     fill = functools.partial(_greedy, seconds, lengths, kinds, size)
-    ways = [fill(lambda after, room: after), fill(lambda after, room: -room / np.maximum(size, 1))]
-    high = np.minimum(ways[0][0], ways[1][0])
-    low = np.full(len(kinds), micro.bounds.min())
-    small = kinds * (1 + high.max(initial=0, where=np.isfinite(high)))
+    ways = [
+        fill(lambda after, room: after),
+        fill(lambda after, room: -room / np.maximum(size, 1)),
+        fill(lambda after, room: room),
+    ]
+    low, high = np.full(len(kinds), micro.bounds.min()), np.min([slowest for slowest, _ in ways], axis=0)
     for _ in range(_BISECTIONS):
         limit = np.where(np.isfinite(high), (low + high) / 2, 2 * low)
-        ways.append(fill(lambda after, room, limit=limit[:, None]: np.where(after <= limit, small + after, np.inf)))
+        small = kinds * (1 + limit.max())  # a smaller group comes first whatever the loads
+        by_limit = lambda after, room, limit=limit[:, None], small=small: np.where(
+            after <= limit, small + after, np.inf
+        )
+        ways.append(fill(by_limit))
         low, high = np.where(ways[-1][0] <= limit, (low, ways[-1][0]), (limit, high))
-    return [
-        (slowest[k], kinds[k][kinds[k] >= 0], group[k])
-        for slowest, group in ways
-        for k in np.flatnonzero(slowest < np.inf)
-    ]
+    kind = [row[row >= 0] for row in kinds]
+    return [(slowest[k], kind[k], group[k]) for slowest, group in ways for k in np.flatnonzero(slowest < np.inf)]
 
 
 def _greedy(seconds, lengths, kinds, size, score) -> tuple[np.ndarray, np.ndarray]:
