@@ -67,10 +67,10 @@ def _rows(setting: dict[str, Any], batches: int) -> Iterator[Row]:
     for _ in range(batches):
         lengths = draw(rng, setting["lengths"], limit, _PER_DEVICE * devices)
         for name, layouts in allowed.items():
-            start = time.perf_counter()
+            start = time.process_time()
             step = sp.plan(lengths, costs, capacity, layouts)
             if name == "adaptive":
-                solver.append(time.perf_counter() - start)
+                solver.append(time.process_time() - start)
                 bound.append(sum(groups.bound for groups in step))
             simulated[name].append(sum(groups.seconds for groups in step))
     mean = {name: statistics.fmean(values) for name, values in simulated.items()}
