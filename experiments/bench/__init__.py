@@ -50,8 +50,8 @@ compared are compiled, warmed up, and then timed in turn, round after round; a v
 
 * packing, `static_over_ours` and `homogeneous_over_ours`: seconds of a step of GPT-7B, simulated by the cost model of
   `rl.data.sequence_parallel`, with the best degree of sequence parallelism that holds the limit, and with the best degree of
-  each micro-batch, over groups of different sizes; of all three with the same cuts into micro-batches. With the seconds that
-  one core takes to plan a batch, which are measured. Links between more than two nodes are extrapolated (`packing.py` says how).
+  each micro-batch, over groups of different sizes; all three with the same cuts into micro-batches. With the seconds of one
+  core that planning a batch takes, which are measured. Links of more than two nodes are extrapolated (`packing.py` says how).
 """
 
 from experiments.bench import evolution, gradient, kernels, language, optimizers, packing

@@ -27,8 +27,6 @@ def test_the_gradient_does_not_depend_on_the_groups():
     for g, degree in enumerate(groups.degree):
         mine = groups.sequence[groups.group == g]
         tokens = data["mask"][mine].sum()
-        if tokens == 0:
-            continue
         first = groups.degree[:g].sum()
         mesh = jax.sharding.Mesh(np.array(jax.devices()[first : first + degree]), ("sequence",))
         gradient = run(*placed(mesh, params, batch_of(data, mine)))
