@@ -7,7 +7,6 @@ FlexSP (arXiv 2412.01523) solves the exact problem, a mixed-integer program, ins
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,8 +15,9 @@ import numpy as np
 from rl.data.sequence_parallel.buckets import deal, split
 from rl.data.sequence_parallel.cost import Profile, sequence_seconds
 
-_FILLED, _IMPROVED, _BISECTIONS, _SPLITS = 1_000, 3, 3, 5  # layouts x sequences at once, assignments, cuts of the batch
-_CLOSE = 1.001  # no search for what is faster than the bound by less
+_FILLED = 1_000  # layouts x sequences at once
+_BISECTIONS, _IMPROVED, _SPLITS = 3, 3, 5
+_CLOSE = 1.001  # an answer so near its bound is not searched further
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +39,8 @@ class Groups:
     bound: float
 
 
-_Way = tuple[
-    float, np.ndarray, np.ndarray
-]  # seconds of the slowest group, degree index of each group, group of each sequence
+# seconds of the slowest group, degree of each group (where it is in `_Micro.degrees`), group of each sequence
+_Way = tuple[float, np.ndarray, np.ndarray]
 
 
 class _Micro(NamedTuple):
@@ -73,9 +72,7 @@ def plan(lengths: Sequence[int], profile: Profile, capacity: int, layouts: np.nd
     Raises:
         ValueError: a sequence that no group can hold.
     """
-    lengths = np.asarray(lengths, np.int64)
-    degrees = np.array(profile.degrees[: layouts.shape[1]])
-    _check(lengths, capacity, degrees, layouts)
+    lengths, degrees = _checked(lengths, profile, capacity, layouts)
     best, fastest, tried = (), np.inf, 0
     fewest = -(-int(lengths.sum()) // (capacity * int(layouts[0] @ degrees)))
     for parts in range(max(1, fewest), len(lengths) + 1):
@@ -87,9 +84,7 @@ def plan(lengths: Sequence[int], profile: Profile, capacity: int, layouts: np.nd
             found = _solve_all(micros, fastest - profile.constant * len(runs))
             fits |= found is not None
             if found:
-                best = tuple(
-                    itertools.starmap(functools.partial(_groups, profile), zip(runs, micros, found, strict=True))
-                )
+                best = tuple(_groups(profile, *way) for way in zip(runs, micros, found, strict=True))
                 fastest = sum(groups.seconds for groups in best)
         tried += fits
         if tried == _SPLITS:
@@ -103,9 +98,7 @@ def solve(lengths: Sequence[int], profile: Profile, capacity: int, layouts: np.n
     Raises:
         ValueError: a sequence that no group can hold, or no division found that memory allows.
     """
-    lengths = np.asarray(lengths, np.int64)
-    degrees = np.array(profile.degrees[: layouts.shape[1]])
-    _check(lengths, capacity, degrees, layouts)
+    lengths, degrees = _checked(lengths, profile, capacity, layouts)
     micro = _micro(lengths, profile, degrees, capacity, layouts)
     found = _solve(micro)
     if found is None:
@@ -117,19 +110,30 @@ def solve(lengths: Sequence[int], profile: Profile, capacity: int, layouts: np.n
 
 
 def _groups(profile: Profile, sequence: np.ndarray, micro: _Micro, found: _Way) -> Groups:
-    slowest, degree, group = found
-    return Groups(sequence, group, degree, profile.constant + slowest, profile.constant + float(micro.bounds.min()))
+    slowest, kind, group = found
+    return Groups(
+        sequence, group, micro.degrees[kind], profile.constant + slowest, profile.constant + float(micro.bounds.min())
+    )
 
 
-def _check(lengths: np.ndarray, capacity: int, degrees: np.ndarray, layouts: np.ndarray) -> None:
-    most = capacity * int(degrees[layouts.any(axis=0)].max())
+def _checked(lengths, profile: Profile, capacity: int, layouts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(lengths i64 [n], degrees i64 [D])."""
+    lengths, degrees = np.asarray(lengths, np.int64), np.array(profile.degrees[: layouts.shape[1]])
+    if layouts.shape[1] > len(degrees) or len(set((layouts[:, : len(degrees)] @ degrees).tolist())) != 1:
+        raise ValueError(
+            f"layouts must divide the same devices into groups of {degrees.tolist()}, a column each; got shape {layouts.shape} "
+            f"for {sorted(set((layouts[:, : len(degrees)] @ degrees).tolist()))} devices: make them for this profile"
+        )
+    largest = int(degrees[layouts.any(axis=0)].max())
+    most = capacity * largest
     wrong = np.flatnonzero((lengths < 1) | (lengths > most))
     if wrong.size:
         raise ValueError(
-            f"sequences must have 1 to {most} tokens, which a group of the highest degree, {most // capacity}, holds at "
+            f"sequences must have 1 to {most} tokens, which a group of the highest degree, {largest}, holds at "
             f"{capacity} a device; sequence {wrong[0]} has {lengths[wrong[0]]} ({wrong.size} such): shorten it, or allow a "
             "higher degree or more memory"
         )
+    return lengths, degrees
 
 
 def _micro(lengths: np.ndarray, profile: Profile, degrees: np.ndarray, capacity: int, layouts: np.ndarray) -> _Micro:
@@ -152,12 +156,11 @@ def _solve_all(micros: list[_Micro], fastest: float) -> list[_Way] | None:
 
 
 def _solve(micro: _Micro) -> _Way | None:
-    """(seconds of the slowest group, degree of each group, group of each sequence); None: nothing was found that fits."""
+    """None: nothing was found that fits."""
     finite = np.flatnonzero(np.isfinite(micro.bounds))
     sizes = (micro.layouts[finite] > 0).sum(axis=1)
-    order = finite[
-        np.lexsort((micro.bounds[finite], sizes > 2))
-    ]  # many small groups have low bounds, but little room each
+    # many sizes have low bounds, but fill badly where memory is short
+    order = finite[np.lexsort((micro.bounds[finite], sizes > 2))]
     mixed = (micro.layouts[order] > 0).sum(axis=1) > 1
     at_once, best = max(16, _FILLED // len(micro.lengths)), None
     for some in (order[~mixed], order[mixed]):  # all of one size first: to be no worse than they are
@@ -169,7 +172,7 @@ def _solve(micro: _Micro) -> _Way | None:
         best = min([*ways, *([best] if best else [])], key=lambda way: way[0], default=None)
         if best and best[0] <= _CLOSE * micro.bounds.min():
             break
-    return best and (best[0], micro.degrees[best[1]], best[2])
+    return best
 
 
 def _bounds(seconds, lengths, degrees, capacity: int, layouts: np.ndarray) -> np.ndarray:
@@ -218,13 +221,14 @@ def _fill(micro: _Micro, layouts: np.ndarray) -> list[_Way]:
     for _ in range(_BISECTIONS):
         limit = np.where(np.isfinite(high), (low + high) / 2, 2 * low)
         small = kinds * (1 + limit.max())  # a smaller group comes first whatever the loads
-        by_limit = lambda after, room, limit=limit[:, None], small=small: np.where(
-            after <= limit, small + after, np.inf
-        )
-        ways.append(fill(by_limit))
+        ways.append(fill(functools.partial(_smallest_in_time, limit[:, None], small)))
         low, high = np.where(ways[-1][0] <= limit, (low, ways[-1][0]), (limit, high))
     kind = [row[row >= 0] for row in kinds]
     return [(slowest[k], kind[k], group[k]) for slowest, group in ways for k in np.flatnonzero(slowest < np.inf)]
+
+
+def _smallest_in_time(limit, small, after, room):
+    return np.where(after <= limit, small + after, np.inf)
 
 
 def _greedy(seconds, lengths, kinds, size, score) -> tuple[np.ndarray, np.ndarray]:

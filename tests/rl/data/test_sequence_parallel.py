@@ -269,3 +269,10 @@ def test_a_sequence_that_fits_no_group_is_named():
         sp.solve([9] * 7, SLOW, 16, sp.static(SLOW, 4, 1))
     with pytest.raises(ValueError, match="sequence 0 has 0"):
         sp.plan([0, 5], sp.GPT_7B, 5_000, sp.adaptive(sp.GPT_7B, 16))
+
+
+def test_layouts_of_another_profile_are_refused():
+    with pytest.raises(ValueError, match=r"groups of \[1, 2, 4\].*got shape \(1, 5\) for \[0\] devices"):
+        sp.plan([5], SLOW, 100, sp.static(sp.GPT_7B, 16, 16))
+    with pytest.raises(ValueError, match=r"for \[3, 4\] devices"):
+        sp.plan([5], SLOW, 100, np.array([[4, 0, 0], [1, 1, 0]]))
