@@ -45,8 +45,15 @@ compared are compiled, warmed up, and then timed in turn, round after round; a v
   by a large plain product and a copy measured in the same run, could do the operations and move the bytes of the definition,
   whichever takes longer, over the kernel's time (`roofline_over_reference` where there is no kernel for the device);
   `reference_over_kernel`: its plain-JAX twin; `plain_over_kernel`: a plain product of the same rows without a population.
+
+`packing`:
+
+* packing, `static_over_ours` and `homogeneous_over_ours`: seconds of a step of GPT-7B, simulated by the cost model of
+  `rl.data.sequence_parallel`, with the best degree of sequence parallelism that holds the limit, and with the best degree of
+  each micro-batch, over groups of different sizes; all three with the same cuts into micro-batches. With the seconds of one
+  core that planning a batch takes, which are measured. Links of more than two nodes are extrapolated (`packing.py` says how).
 """
 
-from experiments.bench import evolution, gradient, kernels, language, optimizers
+from experiments.bench import evolution, gradient, kernels, language, optimizers, packing
 
-CASES = evolution.CASES | language.CASES | gradient.CASES | optimizers.CASES | kernels.CASES
+CASES = evolution.CASES | language.CASES | gradient.CASES | optimizers.CASES | kernels.CASES | packing.CASES
