@@ -162,6 +162,10 @@ def export(directory: str | Path, step: int, path: str | Path, only: str = "") -
     except ImportError as error:
         raise CheckpointError("safetensors files need the package safetensors: pip install safetensors") from error
     meta, values = _read(Path(directory).absolute(), step, only)
+    if not values:
+        raise CheckpointError(
+            f"the checkpoint of step {step} has no leaf below {only!r}; it has {sorted(meta['leaves'])}"
+        )
     tensors = {_dotted(name.removeprefix(only)): np.ascontiguousarray(value) for name, value in values.items()}
     if len(tensors) < len(values):
         raise CheckpointError(

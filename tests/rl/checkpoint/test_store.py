@@ -114,7 +114,7 @@ def empty_every_file(folder):
 
 
 def flip_one_bit(folder):
-    path = largest_file(folder / "arrays" / "d")
+    path = largest_file(folder / "arrays")  # the values themselves: Orbax would not notice
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
