@@ -52,8 +52,17 @@ compared are compiled, warmed up, and then timed in turn, round after round; a v
   `rl.data.sequence_parallel`, with the best degree of sequence parallelism that holds the limit, and with the best degree of
   each micro-batch, over groups of different sizes; all three with the same cuts into micro-batches. With the seconds of one
   core that planning a batch takes, which are measured. Links of more than two nodes are extrapolated (`packing.py` says how).
+
+`checkpoint`:
+
+* checkpoint, `saving_over_plain`: seconds of a step when its state, which the next one donates, is saved after every one, over
+  those without saving: by the writer, by a blocking save (both with checksums and flushed to disk), and by Orbax's own
+  asynchronous checkpointer (neither). `blocked_seconds`: of the call; `durable_seconds`: until the checkpoint is on disk, with
+  nothing computed meanwhile; `copy_seconds`: of one copy of the state, which none can do without. `restore_over_orbax`:
+  reading, checking and placing it, over Orbax's reading of the same arrays.
 """
 
-from experiments.bench import evolution, gradient, kernels, language, optimizers, packing
+from experiments.bench import checkpoint, evolution, gradient, kernels, language, optimizers, packing
 
-CASES = evolution.CASES | language.CASES | gradient.CASES | optimizers.CASES | kernels.CASES | packing.CASES
+CASES = evolution.CASES | language.CASES | gradient.CASES | optimizers.CASES | kernels.CASES
+CASES |= packing.CASES | checkpoint.CASES
