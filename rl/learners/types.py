@@ -54,9 +54,11 @@ class Learner(NamedTuple):
         init: params -> state.
         weights: state -> (what the engine decodes with, its version: updates made before it).
         mean: state -> parameters, what is evaluated.
-        learn: (state, answers, replayed groups or None) -> (state, metrics as scalars).
+        learn: (state, answers, replayed groups or None) -> (state, metrics as scalars); where `update` is given, they include
+            `fitness`, f32 [members], which is no scalar and all that it needs to make the step again.
         plan: state -> text: memory the method needs, before it takes it.
         record_experts: whether the engine has to record which experts it used (routing replay).
+        update: (state, fitness) -> state, or None where a step cannot be made again from so little.
     """
 
     members: int
@@ -67,6 +69,7 @@ class Learner(NamedTuple):
     learn: Callable[[Any, Answers, Groups | None], tuple[Any, dict[str, Any]]]
     plan: Callable[[Any], str]
     record_experts: bool = False
+    update: Callable[[Any, Any], Any] | None = None
 
 
 def tree_bytes(tree: Any) -> int:
