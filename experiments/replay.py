@@ -96,7 +96,8 @@ def rebuild(run: Path, start: Start, step: int) -> Any:
     Raises:
         generations.LogError: the log is damaged before that step, or does not reach it.
     """
-    path, state, done = run / generations.NAME, start.part(start.state), 0
+    path, done = run / generations.NAME, 0
+    state = jax.tree.map(lambda x: x.copy(), start.part(start.state))  # updates may donate what they are given
     for record in itertools.islice(generations.read(path, start.like), step):
         state, done = start.update(state, record), done + 1
     if done < step:
