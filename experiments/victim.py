@@ -1,4 +1,4 @@
-"""The training that `experiments.fault_campaign` harms: EGGROLL fits a matrix within a second, and saves every step.
+"""The training that `experiments.fault_campaign` harms: evolution fits a vector within a second, and saves every step.
 
     python -m experiments.victim --config=experiments/victim.py --workdir=DIR
 
@@ -18,7 +18,7 @@ import eggroll
 from rl import generations
 from rl.run import Run, launch
 
-ROWS, COLUMNS = 6, 5
+SIZE = 12
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -29,19 +29,18 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | Path, tensorboard: bool = False) -> dict[str, Any]:
-    """Runs or resumes a config in a folder; the score is minus the squared distance to a random matrix."""
+    """Runs or resumes a config in a folder; the score is minus the squared distance to a random vector."""
     es = eggroll.strategy(
         optax.adam(config.learning_rate), population=eggroll.antithetic(config.members), sigma=config.sigma
     )
     shape, update = map(jax.jit, generations.cut(es))
 
     def score(params: jax.Array, goal: jax.Array) -> jax.Array:
-        out = jnp.eye(ROWS) @ params
-        return -jnp.sum(jnp.square(out - goal))
+        return -jnp.sum(jnp.square(params - goal))
 
     @jax.jit
     def start(key: jax.Array) -> tuple[eggroll.State, jax.Array]:
-        return es.init(jnp.zeros((ROWS, COLUMNS)), key), jax.random.normal(key, (1, ROWS, COLUMNS))
+        return es.init(jnp.zeros(SIZE), key), jax.random.normal(key, (1, SIZE))
 
     @jax.jit
     def play(state: eggroll.State, goals: jax.Array) -> jax.Array:
