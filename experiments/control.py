@@ -7,6 +7,7 @@ written to `result.json`, and `plot.png` is drawn.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import ml_collections
 
 from experiments import build, plot
 from rl import config as config_lib
-from rl import envs
+from rl import envs, generations
 from rl.control import evolution, ppo, rollout
 from rl.control.normalizer import Normalizer
 from rl.control.policy import Policy
@@ -31,10 +32,13 @@ class Learner(NamedTuple):
     """A method, ready to run."""
 
     state: Any
-    step: Callable[[Any], tuple[Any, dict[str, jax.Array]]]  # metrics include env_steps
+    step: Callable[[Any], tuple[Any, dict[str, Any]]]  # metrics include env_steps and, of evolution, the generation
     actor: Callable[[Any], Any]  # state -> parameters of the policy
     policy: Policy
     show: tuple[str, ...]  # metrics on the progress line
+    update: Callable[[Any, evolution.Generation], tuple[Any, dict[str, jax.Array]]] | None = (
+        None  # the part a replay repeats
+    )
 
 
 def make_learner(config: ml_collections.ConfigDict, env: envs.Env) -> Learner:
@@ -68,15 +72,24 @@ def _make_learner(config: ml_collections.ConfigDict, env: envs.Env) -> Learner:
             show=("eval_return", "return_mean", "entropy", "kl"),
         )
     es = build.strategy(config)
+    play = evolution.make_play(
+        env, policy, es, episodes=config.episodes, common_random_numbers=config.common_random_numbers
+    )
+    update = evolution.make_update(es)
     return Learner(
         state=evolution.init(env, policy, es, key, normalize_observations=config.policy.normalize_observations),
-        step=evolution.make_step(
-            env, policy, es, episodes=config.episodes, common_random_numbers=config.common_random_numbers
-        ),
+        step=functools.partial(_generation, play, update),
         actor=lambda state: state.es.params,
         policy=policy,
         show=("eval_return", "fitness_mean", "fitness_max", "length_mean"),
+        update=update,
     )
+
+
+def _generation(play: Callable, update: Callable, state: evolution.State) -> tuple[evolution.State, dict[str, Any]]:
+    generation, played = play(state)
+    state, learnt = update(state, generation)
+    return state, played | learnt | {"generation": generation}
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | Path, tensorboard: bool = False) -> dict[str, Any]:
@@ -101,6 +114,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, tensorboard: b
         total_steps=config.steps,
         save_every=config.save_every,
         show=learner.show,
+        logs=(generations.NAME,) if learner.update else (),
         tensorboard=tensorboard,
     )
     with run:
@@ -109,6 +123,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, tensorboard: b
             state, metrics = learner.step(state)
             work = int(metrics.pop("env_steps"))
             step = run.step + 1
+            if learner.update:
+                run.append(generations.NAME, generations.pack(step, metrics.pop("generation")))
             if step % config.eval_every == 0 or step == run.total_steps:
                 played = evaluate(learner.actor(state), state.normalizer, jnp.int32(1), jnp.int32(step))
                 metrics["eval_return"] = jnp.mean(played.total)

@@ -19,6 +19,7 @@ import numpy as np
 
 from experiments import build, plot
 from experiments.language import SCORES, Setup, evaluate, export, set_up, start_slots, task_of, verdicts, warm_start
+from rl import generations
 from rl.data import prompts as data
 from rl.data import selection
 from rl.data.embedding import embed
@@ -49,7 +50,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, tensorboard: b
         setup, params = set_up(config, task, pool)
         run = Run(
             workdir, config, total_steps=config.steps, save_every=config.save_every, unit="tokens",
-            show=_SHOWN, logs=("samples.jsonl", "judged.jsonl"),
+            show=_SHOWN, logs=("samples.jsonl", "judged.jsonl", *((generations.NAME,) if setup.learner.update else ())),
             tensorboard=tensorboard,
         )  # fmt: skip
         try:
@@ -102,6 +103,8 @@ def loop(run: Run, setup: Setup, params: Params) -> dict[str, Any]:
         ) as error:  # answers that nothing can be learnt from, such as log-probabilities that are not finite
             raise RunError(f"step {step}: {error}") from error
         method, metrics = learn(run, setup, state, made)
+        if learner.update:
+            run.append(generations.NAME, generations.pack(step, metrics.pop("fitness")))
         state = state._replace(learner=method)
         metrics |= made.metrics
         if step % config.eval_every == 0 or step == run.total_steps:

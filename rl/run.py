@@ -76,8 +76,13 @@ class Run:
           save_every: steps between checkpoints, at least 1; the last step is always saved.
           unit: what `record`'s `work` counts; becomes a cumulative column of `metrics.jsonl`.
           show: names of metrics on the progress line, in order.
+<<<<<<< HEAD
           keep: which checkpoints outlive newer ones; `best` compares a metric of the step that is saved.
           logs: names of further JSON-lines files, written by `log`; kept in step with the checkpoints as `metrics.jsonl` is.
+=======
+          keep: number of checkpoints kept.
+          logs: names of further files, written by `log` and `append`; kept in step with the checkpoints as `metrics.jsonl` is.
+>>>>>>> faults
           tensorboard: also write event files to `workdir/tensorboard` (extra `tensorboard`).
 
         Raises:
@@ -193,8 +198,11 @@ class Run:
 
     def log(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Appends rows, deterministic JSON values, to one of `logs`; call before the `record` of the step they belong to."""
-        for row in rows:
-            self._logs[name].write(_line(row))
+        self.append(name, b"".join(map(_line, rows)))
+
+    def append(self, name: str, content: bytes) -> None:
+        """Appends bytes to one of `logs`, as `log` appends rows."""
+        self._logs[name].write(content)
         self._logs[name].flush()
 
     def record(self, state: Any, metrics: Mapping[str, Any], work: int | None = None) -> None:

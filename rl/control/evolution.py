@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 import eggroll
+from rl import generations
 from rl.control import normalizer as normalizer_lib
 from rl.control import rollout
 from rl.control.normalizer import Normalizer
@@ -24,6 +25,13 @@ class State(NamedTuple):
     key: jax.Array  # of the episodes; never changes
 
 
+class Generation(NamedTuple):
+    """All that the next state takes from a generation's episodes."""
+
+    fitness: jax.Array  # f32 [N], shaped
+    normalizer: Normalizer | None  # after these episodes
+
+
 def init(env: Env, policy: Policy, es: eggroll.Strategy, key: jax.Array, *, normalize_observations: bool) -> State:
     """Mean parameters as the policy initialises them, and empty observation statistics."""
     params_key, noise_key, episodes_key = jax.random.split(key, 3)
@@ -32,10 +40,10 @@ def init(env: Env, policy: Policy, es: eggroll.Strategy, key: jax.Array, *, norm
     return State(es.init(params, noise_key), normalizer, episodes_key)
 
 
-def make_step(
+def make_play(
     env: Env, policy: Policy, es: eggroll.Strategy, *, episodes: int, common_random_numbers: bool = True
-) -> Callable[[State], tuple[State, Metrics]]:
-    """Makes the jitted generation `state -> (state, metrics)`.
+) -> Callable[[State], tuple[Generation, Metrics]]:
+    """Makes the jitted first half of a generation, in which all members play: `state -> (generation, metrics)`.
 
     Args:
       env: the environment.
@@ -45,12 +53,14 @@ def make_step(
       common_random_numbers: whether all members play the same E episodes (first state, and all later draws), so that
         differences in fitness are due to the parameters; else each member has episodes of its own.
 
-    Metrics: those of `es.update`, `length_mean` and the `env_steps` of this call. All members' observations update the
+    Metrics: those of the shaping, `length_mean` and the `env_steps` of this call. All members' observations update the
     statistics that the next generation is normalised with.
     """
 
+    shape, _ = generations.cut(es)
+
     @jax.jit
-    def step(state: State) -> tuple[State, Metrics]:
+    def play(state: State) -> tuple[Generation, Metrics]:
         lead = (episodes,) if common_random_numbers else (es.population.size, episodes)
         keys = jax.random.split(jax.random.fold_in(state.key, state.es.generation), lead)
 
@@ -59,11 +69,23 @@ def make_step(
             return played.total, played
 
         scores, played = es.evaluate(state.es, score, keys, has_aux=True, per_member=not common_random_numbers)
-        new, metrics = es.update(state.es, scores)
+        fitness, metrics = shape(scores)
         normalizer = state.normalizer
         if normalizer is not None:
             normalizer = normalizer_lib.update(normalizer, played.moments)
         metrics |= {"length_mean": jnp.mean(played.length.astype(jnp.float32)), "env_steps": jnp.sum(played.length)}
-        return State(new, normalizer, state.key), metrics
+        return Generation(fitness, normalizer), metrics
 
-    return step
+    return play
+
+
+def make_update(es: eggroll.Strategy) -> Callable[[State, Generation], tuple[State, Metrics]]:
+    """Makes the jitted second half, `(state, generation) -> (state, metrics)`: of a run, and of its replay from a log."""
+    _, update = generations.cut(es)
+
+    @jax.jit
+    def learn(state: State, generation: Generation) -> tuple[State, Metrics]:
+        new, metrics = update(state.es, generation.fitness)
+        return State(new, generation.normalizer, state.key), metrics
+
+    return learn

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 import eggroll
+from rl import generations
 from rl.learners.types import Answers, Learner, tree_bytes
 from rl.rewards.judge import fill_unjudged
 
@@ -25,11 +26,15 @@ def learner(es: eggroll.Strategy, fitness: Fitness, key: jax.Array, *, common: b
         key: of all noise.
         common: whether members share the randomness of each (prompt, sample).
     """
-    draw, update, members = jax.jit(es.draw), jax.jit(es.update, donate_argnums=0), es.population.size
+    shape, update = generations.cut(es)
+    draw, shape, update = jax.jit(es.draw), jax.jit(shape), jax.jit(update, donate_argnums=0)
+    members = es.population.size
 
     def learn(state: eggroll.State, answers: Answers, replayed: None = None):
         value, ok = (answers.by_member(x, members) for x in (answers.scored.value, answers.scored.ok))
-        return update(state, member_fitness(fitness, value, ok))
+        shaped, measured = shape(member_fitness(fitness, value, ok))
+        state, metrics = update(state, shaped)
+        return state, measured | metrics | {"fitness": shaped}
 
     def plan(state: eggroll.State) -> dict[str, int]:
         drawn = jax.eval_shape(es.draw, state)
@@ -51,6 +56,7 @@ def learner(es: eggroll.Strategy, fitness: Fitness, key: jax.Array, *, common: b
         learn=learn,
         plan=plan,
         compile=compile,
+        update=lambda state, shaped: update(state, shaped)[0],
     )
 
 

@@ -54,10 +54,12 @@ class Learner(NamedTuple):
         init: params -> state.
         weights: state -> (what the engine decodes with, its version: updates made before it, a whole number or i32).
         mean: state -> parameters, what is evaluated.
-        learn: (state, answers, replayed groups or None) -> (state, metrics as scalars).
+        learn: (state, answers, replayed groups or None) -> (state, metrics as scalars); where `update` is given, they include
+            `fitness`, f32 [members], which is no scalar and all that it needs to make the step again.
         plan: state or its shapes -> bytes by name: memory the method needs, before it takes it.
         compile: state or its shapes -> the compiled update, whose `memory_analysis` says what it takes beside its arguments.
         record_experts: whether the engine has to record which experts it used (routing replay).
+        update: (state, fitness) -> state, or None where a step cannot be made again from so little.
     """
 
     members: int
@@ -69,6 +71,7 @@ class Learner(NamedTuple):
     plan: Callable[[Any], dict[str, int]]
     compile: Callable[[Any], jax.stages.Compiled]
     record_experts: bool = False
+    update: Callable[[Any, Any], Any] | None = None
 
 
 def tree_bytes(tree: Any) -> int:
