@@ -76,13 +76,8 @@ class Run:
           save_every: steps between checkpoints, at least 1; the last step is always saved.
           unit: what `record`'s `work` counts; becomes a cumulative column of `metrics.jsonl`.
           show: names of metrics on the progress line, in order.
-<<<<<<< HEAD
           keep: which checkpoints outlive newer ones; `best` compares a metric of the step that is saved.
-          logs: names of further JSON-lines files, written by `log`; kept in step with the checkpoints as `metrics.jsonl` is.
-=======
-          keep: number of checkpoints kept.
           logs: names of further files, written by `log` and `append`; kept in step with the checkpoints as `metrics.jsonl` is.
->>>>>>> faults
           tensorboard: also write event files to `workdir/tensorboard` (extra `tensorboard`).
 
         Raises:
