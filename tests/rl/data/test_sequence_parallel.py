@@ -276,3 +276,14 @@ def test_layouts_of_another_profile_are_refused():
         sp.plan([5], SLOW, 100, sp.static(sp.GPT_7B, 16, 16))
     with pytest.raises(ValueError, match=r"for \[3, 4\] devices"):
         sp.plan([5], SLOW, 100, np.array([[4, 0, 0], [1, 1, 0]]))
+
+
+def test_mixed_lengths_and_best_fit_fill_memory():
+    # long with short, (6, 4) a device, fill two micro-batches; cut by length, three 6 would share two devices of 10
+    step = sp.plan([6] * 4 + [4] * 4, SLOW, 10, sp.static(SLOW, 2, 1))
+    check(step, [6] * 4 + [4] * 4, SLOW, 10, 2)
+    assert len(step) == 2
+    # 95 % of memory in use, where the first group done and the least full one are the wrong ones
+    lengths = [1842, 2308, 2413, 2729, 8495, 11367]
+    groups = sp.solve(lengths, SLOW, 7672, sp.adaptive(SLOW, 4))
+    assert groups.seconds <= 1.03 * brute(lengths, SLOW, 7672, 4)
