@@ -126,7 +126,7 @@ def halve_meta(folder):
 
 def wrong_checksum(folder):
     meta = json.loads((folder / "meta.json").read_text())
-    meta["leaves"]["['x']"]["parts"][0]["crc32"] ^= 1
+    meta["leaves"]["['x']"]["blocks"][0]["crc32"] ^= 1
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
