@@ -218,7 +218,7 @@ def test_memory_stays_bounded_over_many_saves(tmp_path):
             writer.submit(number, state, {})
             if number > 3:
                 sizes.append(resident())
-    assert max(sizes[-9:]) - max(sizes[:9]) < size, [round(s / size, 1) for s in sizes]
+    assert max(sizes[9:]) - max(sizes[:9]) < 2 * size, [round(s / size, 1) for s in sizes]
     assert float(checkpoint.restore(tmp_path, state).state["w"][-1]) == 30.0
 
 
