@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,16 @@ def test_a_part_is_read_alone_and_its_name_ends_where_it_says(saved, tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match=r"0000000001 is unusable .*checksum of \['b'\] differs"):
         checkpoint.restore(tmp_path, {"a": jnp.zeros(3), "b": noise}, step=1)
     assert checkpoint.steps(tmp_path) == [1]  # asked for by name, it is left where it is
+
+
+class _State(NamedTuple):
+    params: jax.Array
+    params_old: jax.Array
+
+
+def test_the_name_of_a_part_is_no_mere_prefix(tmp_path):
+    checkpoint.save(tmp_path, 1, _State(jnp.ones(2), jnp.zeros(3)), {})
+    assert checkpoint.restore(tmp_path, jnp.zeros(2), only=".params").state.tolist() == [1.0, 1.0]
 
 
 def test_one_step_can_be_asked_for(tmp_path):
