@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pytest
 
 from rl import checkpoint, progress
 from rl import config as config_lib
+from rl.checkpoint import store
 from rl.run import Run, RunError
 
 ROOT = Path(__file__).parents[2]
@@ -353,3 +355,53 @@ def test_progress_in_a_log_is_one_line_every_few_seconds(monkeypatch):
         clock[0] += 0.5
         shown.update({"step": step})
     assert [line.split()[1] for line in log.getvalue().splitlines()] == ["1/40", "11/40", "21/40", "31/40", "40/40"]
+
+
+def test_a_step_that_donates_the_state_does_not_change_what_is_saved(tmp_path, monkeypatch):
+    """The thread gets to the state when the next steps have long overwritten it."""
+    step = jax.jit(lambda state: jax.tree.map(lambda x: x * 2, state), donate_argnums=0)
+    gate, write = threading.Event(), store.write
+    monkeypatch.setattr(store, "write", lambda *arguments: (gate.wait(20), write(*arguments)))
+    with Run(tmp_path, {}, total_steps=3, save_every=2) as run:
+        state = run.restore({"x": jnp.ones(1000)})
+        for number in (1, 2, 3):
+            state = step(state)
+            if number == 3:
+                jax.block_until_ready(state)
+                gate.set()
+            run.record(state, {})
+    found = checkpoint.restore(tmp_path / "checkpoints", {"x": jnp.zeros(1000)}, step=2)
+    np.testing.assert_array_equal(found.state["x"], np.full(1000, 4.0))
+    assert found.extra["metrics_bytes"] == len(b'{"step": 1}\n{"step": 2}\n')
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_commit", full)
+        with pytest.raises(OSError, match="No space left"):
+            small_run(tmp_path / "a")
+        assert len(rows(tmp_path / "a" / "metrics.jsonl")) == 4  # that of step 2 failed; that of step 4 was not begun
+    state, run = small_run(tmp_path / "a")
+    assert run.step == 6 and float(state["x"][0]) == 21.0
+    with monkeypatch.context() as patch:  # and where something else ends the run, it is said
+        patch.setattr(store, "_commit", full)
+        with pytest.raises(RunError, match="finite"):
+            small_run(tmp_path / "b", save_every=1, metrics={"finite_members": jnp.int32(0)})
+        with pytest.raises(KeyError), Run(tmp_path / "c", {}, total_steps=9, save_every=1) as run:
+            run.record(run.restore({"x": jnp.zeros(1)}), {})
+            said = []
+            monkeypatch.setattr(run, "say", said.append)
+            monkeypatch.setattr(run._progress, "say", said.append)
+            raise KeyError
+    assert said == ["warning: the last checkpoint was not written (OSError: [Errno 28] No space left on device)"]
+
+
+def test_the_best_by_a_metric_outlives_newer_ones(tmp_path):
+    with Run(tmp_path, {}, total_steps=6, save_every=1, keep=checkpoint.Keep(1, best=1, metric="score")) as run:
+        state = run.restore({"x": jnp.zeros(1)})
+        for score in (1.0, 5.0, jnp.nan, 3.0, 4.0, 0.0):
+            run.record(state, {"score": score})
+    assert checkpoint.steps(tmp_path / "checkpoints") == [2, 6]
