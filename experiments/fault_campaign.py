@@ -197,6 +197,15 @@ def _kill_after(low: Callable[[Victim], float], high: Callable[[Victim], float],
     return fault
 
 
+def _kill_step(victim: Victim, folder: Path, rng: random.Random) -> Harm:
+    delay = rng.uniform(0, victim.whole - victim.first)
+    job = victim.start(folder)
+    until(lambda: bool(committed(folder)), job, None)
+    until(lambda: False, job, delay)
+    code, output = job.kill()
+    return Harm(f"{delay:.3f} s after the first checkpoint (status {code})", output)
+
+
 def _kill_save(victim: Victim, folder: Path, rng: random.Random) -> Harm:
     count, delay = rng.randrange(victim.saves), rng.uniform(0, victim.saving)
     job = victim.start(folder)
@@ -292,7 +301,7 @@ def _delete_folder(place: Path, rng: random.Random) -> str:
 
 FAULTS = {
     "kill_start": _kill_after(lambda v: 0, lambda v: v.first),
-    "kill_step": _kill_after(lambda v: v.first, lambda v: v.whole),
+    "kill_step": _kill_step,
     "kill_save": _kill_save,
     "kill_commit": _kill_commit,
     "kill_restore": _kill_restore,
