@@ -186,9 +186,9 @@ class Harm(NamedTuple):
     damaged: int | None = None  # step whose checkpoint is damaged, and still there
 
 
-def _kill_after(low: Callable[[Victim], float], high: Callable[[Victim], float], number: int = signal.SIGKILL):
+def _kill_within(longest: Callable[[Victim], float], number: int):
     def fault(victim: Victim, folder: Path, rng: random.Random) -> Harm:
-        delay = rng.uniform(low(victim), high(victim))
+        delay = rng.uniform(0, longest(victim))
         job = victim.start(folder)
         until(lambda: False, job, delay)
         code, output = job.kill(number)
@@ -300,12 +300,12 @@ def _delete_folder(place: Path, rng: random.Random) -> str:
 
 
 FAULTS = {
-    "kill_start": _kill_after(lambda v: 0, lambda v: v.first),
+    "kill_start": _kill_within(lambda v: v.first, signal.SIGKILL),
     "kill_step": _kill_step,
     "kill_save": _kill_save,
     "kill_commit": _kill_commit,
     "kill_restore": _kill_restore,
-    "sigterm": _kill_after(lambda v: 0, lambda v: v.whole, signal.SIGTERM),
+    "sigterm": _kill_within(lambda v: v.whole, signal.SIGTERM),
     "full_disk": _full_disk,
     "truncated": _damage(_truncate),
     "flipped": _damage(_flip),
