@@ -159,7 +159,6 @@ def campaign(
         row = case(victim, kind, place, 1_000_003 * seed + number)
         if well(row):
             shutil.rmtree(place)
-            place.with_suffix(".txt").unlink()
         yield row
 
 

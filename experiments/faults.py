@@ -17,6 +17,7 @@ A run is forked from a process that has imported its script and used no device: 
 
 import contextlib
 import dataclasses
+import fcntl
 import os
 import random
 import resource
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 POLL = 0.0005  # seconds between two looks at a folder
+_PIPE = 1 << 20  # bytes that a process may print
 LONGEST = 120.0  # seconds that one process may take
 
 
@@ -40,11 +42,11 @@ class CampaignError(RuntimeError):
 
 @dataclasses.dataclass
 class Job:
-    """A script that runs in a forked process; what it prints goes to a file beside its folder."""
+    """A script that runs in a forked process; what it prints stays in a pipe, which no full disk can cut short."""
 
     pid: int
     folder: Path
-    output: Path
+    output: int
     began: float
 
     def alive(self) -> bool:
@@ -55,7 +57,8 @@ class Job:
         """(exit status, negative for a signal; all it printed)."""
         until(lambda: False, self, None)
         _, status = os.waitpid(self.pid, 0)
-        return os.waitstatus_to_exitcode(status), self.output.read_text(errors="replace")
+        with open(self.output, errors="replace") as output:
+            return os.waitstatus_to_exitcode(status), output.read()
 
     def kill(self, number: int = signal.SIGKILL) -> tuple[int, str]:
         """Sends a signal, unless the process ended by itself, and waits."""
@@ -87,17 +90,18 @@ class Victim:
 
     def start(self, folder: Path) -> Job:
         """Forks a process that runs the command in a folder."""
-        output = folder.with_suffix(".txt")
+        output, theirs = os.pipe()
+        fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, _PIPE)
         sys.stdout.flush(), sys.stderr.flush()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # jax warns of forks; it has used no device yet
             pid = os.fork()
         if pid:
+            os.close(theirs)
             return Job(pid, folder, output, time.perf_counter())
         status = 1
         try:
-            file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(file, 1), os.dup2(file, 2)
+            os.dup2(theirs, 1), os.dup2(theirs, 2)
             status = self.main([*self.argv, f"--workdir={folder}"])
         except SystemExit as ended:
             status = ended.code if isinstance(ended.code, int) else 1
@@ -117,7 +121,7 @@ def until(happened: Callable[[], bool], job: Job, seconds: float | None) -> None
             if seconds is not None:
                 return
             os.kill(job.pid, signal.SIGKILL)
-            raise CampaignError(f"a process may take {LONGEST:g} s, and {job.output} tells of one that took longer")
+            raise CampaignError(f"a process may take {LONGEST:g} s, but one in {job.folder} took longer")
         time.sleep(POLL)
 
 
