@@ -1,4 +1,4 @@
-"""The harmed training with a fault of its own: a run that was killed, and not stopped, resumes without its optimizer's moments."""
+"""The harmed training with a fault of its own: a run that was killed (and not stopped) resumes without the moments of Adam."""
 
 import dataclasses
 
