@@ -107,7 +107,7 @@ def check(population: Population, mesh: Mesh, axes: Sequence[str]) -> None:
             f"the axes of a mesh must be automatic; got {', '.join(fixed)}: make it with "
             "jax.make_mesh(sizes, names, axis_types=(jax.sharding.AxisType.Auto,) * len(names)), or jax.sharding.Mesh"
         )
-    divide(population, _count(mesh, axes))
+    divide(population, count(mesh, axes))
 
 
 def evaluate(some: Callable, population: Population, mesh: Mesh, axes: Sequence[str], state, batch, per_member: bool):
@@ -120,14 +120,14 @@ def evaluate(some: Callable, population: Population, mesh: Mesh, axes: Sequence[
     Returns:
         (scores, aux), leading axis N.
     """
-    division, spread = divide(population, _count(mesh, axes)), PartitionSpec(axes)
+    division, spread = divide(population, count(mesh, axes)), PartitionSpec(axes)
 
     def own(device, state, batch):
         batch = jax.tree.map(lambda x: x[0], batch) if per_member else batch
         out = some(state, batch, division.part, division.ids(device))
         return jax.tree.map(lambda x: x[None], out)
 
-    run = _by_device(own, mesh, axes, (PartitionSpec(), spread if per_member else PartitionSpec()), spread)
+    run = by_device(own, mesh, axes, (PartitionSpec(), spread if per_member else PartitionSpec()), spread)
     scores, aux = run(state, jax.tree.map(division.by_device, batch) if per_member else batch)
     scores = lax.with_sharding_constraint(scores, NamedSharding(mesh, PartitionSpec()))
     return division.by_member(scores), jax.tree.map(division.by_member, aux)
@@ -140,7 +140,7 @@ def summed(sums: Callable, population: Population, mesh: Mesh, axes: Sequence[st
         sums: (*args) -> sums over all members; with the keywords `part` and `total` of `eggroll.estimate.gradients`, over some.
         args: the same on every device.
     """
-    division = divide(population, _count(mesh, axes))
+    division = divide(population, count(mesh, axes))
 
     def own(device, *args):
         if not reduced:
@@ -150,10 +150,10 @@ def summed(sums: Callable, population: Population, mesh: Mesh, axes: Sequence[st
 
     everywhere = PartitionSpec()
     args = jax.tree.map(lambda x: lax.with_sharding_constraint(x, NamedSharding(mesh, everywhere)), args)
-    return _by_device(own, mesh, axes, (everywhere,) * len(args), everywhere)(*args)
+    return by_device(own, mesh, axes, (everywhere,) * len(args), everywhere)(*args)
 
 
-def _by_device(fn: Callable, mesh: Mesh, axes: Sequence[str], inputs: Any, outputs: Any) -> Callable:
+def by_device(fn: Callable, mesh: Mesh, axes: Sequence[str], inputs: Any, outputs: Any) -> Callable:
     """`jax.shard_map` of fn(number of the device along the axes, *args), jitted, because it has to be."""
     # unchecked, because kernels do not say over which axes their results differ
     mapped = jax.shard_map(
@@ -161,10 +161,10 @@ def _by_device(fn: Callable, mesh: Mesh, axes: Sequence[str], inputs: Any, outpu
         axis_names=set(axes), check_vma=False,
     )  # fmt: skip
     # an argument, because the compiler cannot tell a device its number where it divides other axes
-    return jax.jit(lambda *args: mapped(jnp.arange(_count(mesh, axes), dtype=jnp.int32), *args))
+    return jax.jit(lambda *args: mapped(jnp.arange(count(mesh, axes), dtype=jnp.int32), *args))
 
 
-def _count(mesh: Mesh, axes: Sequence[str]) -> int:
+def count(mesh: Mesh, axes: Sequence[str]) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
