@@ -127,7 +127,7 @@ def evaluate(some: Callable, population: Population, mesh: Mesh, axes: Sequence[
         out = some(state, batch, division.part, division.ids(device))
         return jax.tree.map(lambda x: x[None], out)
 
-    run = by_device(own, mesh, axes, (PartitionSpec(), spread if per_member else PartitionSpec()), spread)
+    run = per_device(own, mesh, axes, (PartitionSpec(), spread if per_member else PartitionSpec()), spread)
     scores, aux = run(state, jax.tree.map(division.by_device, batch) if per_member else batch)
     scores = lax.with_sharding_constraint(scores, NamedSharding(mesh, PartitionSpec()))
     return division.by_member(scores), jax.tree.map(division.by_member, aux)
@@ -150,10 +150,10 @@ def summed(sums: Callable, population: Population, mesh: Mesh, axes: Sequence[st
 
     everywhere = PartitionSpec()
     args = jax.tree.map(lambda x: lax.with_sharding_constraint(x, NamedSharding(mesh, everywhere)), args)
-    return by_device(own, mesh, axes, (everywhere,) * len(args), everywhere)(*args)
+    return per_device(own, mesh, axes, (everywhere,) * len(args), everywhere)(*args)
 
 
-def by_device(fn: Callable, mesh: Mesh, axes: Sequence[str], inputs: Any, outputs: Any) -> Callable:
+def per_device(fn: Callable, mesh: Mesh, axes: Sequence[str], inputs: Any, outputs: Any) -> Callable:
     """`jax.shard_map` of fn(number of the device along the axes, *args), jitted, because it has to be."""
     # unchecked, because kernels do not say over which axes their results differ
     mapped = jax.shard_map(
@@ -165,6 +165,7 @@ def by_device(fn: Callable, mesh: Mesh, axes: Sequence[str], inputs: Any, output
 
 
 def count(mesh: Mesh, axes: Sequence[str]) -> int:
+    """Devices along these axes."""
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
@@ -212,28 +213,37 @@ def place(mesh: Mesh, layout: Layout, tree: Any) -> Any:
     return jax.tree.map(put, tree, shardings(mesh, layout, tree))
 
 
-def init_beside(init: Callable[[Any], Any], params: Any) -> Any:
-    """init(params), every array of the state that is as large as the parameter it belongs to laid out like it.
+def place_beside(mesh: Mesh, layout: Layout, params: Any, state: Any) -> Any:
+    """An optimizer's state being traced, every array that is as large as the parameter it belongs to laid out like it.
+
+    Others, such as projected moments, lie as the optimizer has them, scalars everywhere.
+    """
+    put = lambda x, where: x if where is None else lax.with_sharding_constraint(x, where)
+    return jax.tree.map(put, state, _beside(mesh, layout, params, state))
+
+
+def init_beside(mesh: Mesh, layout: Layout, init: Callable[[Any], Any], params: Any) -> Any:
+    """init(params) of an optimizer, laid out as `place_beside` does.
 
     A state made eagerly, or by `jax.jit` alone, leaves what starts at zero on one device: zeros depend on no parameter.
-
-    Args:
-        init: of an optax optimizer.
-        params: arrays with `NamedSharding`s of one mesh.
     """
-    own = jax.tree_util.tree_flatten_with_path(params)[0]
-    if isinstance(own[0][1], jax.core.Tracer):  # where shapes are asked for, nothing lies anywhere
+    if isinstance(jax.tree.leaves(params)[0], jax.core.Tracer):  # where shapes are asked for, nothing lies anywhere
         return init(params)
-    everywhere = NamedSharding(own[0][1].sharding.mesh, PartitionSpec())
+    where = _beside(mesh, layout, params, jax.eval_shape(init, params))
+    return jax.jit(init, out_shardings=where)(params)
+
+
+def _beside(mesh: Mesh, layout: Layout, params: Any, state: Any) -> Any:
+    own = jax.tree_util.tree_flatten_with_path(params)[0]
 
     def where(path, x):
         found = owner(path, own)
         if found is None:
-            return everywhere
-        return found[1].sharding if found[1].shape == x.shape else None  # others as the optimizer lays them out
+            return NamedSharding(mesh, PartitionSpec())
+        keys, param = found
+        return sharding(mesh, layout, path_name(keys), x.shape) if param.shape == x.shape else None
 
-    shapes = jax.eval_shape(init, params)
-    return jax.jit(init, out_shardings=jax.tree_util.tree_map_with_path(where, shapes))(params)
+    return jax.tree_util.tree_map_with_path(where, state)
 
 
 def owner(path, own):

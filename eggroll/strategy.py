@@ -84,7 +84,7 @@ class Strategy:
         if self.mesh is None:
             return State(params, master, init(masters(params, master)), zero, key)
         everywhere = functools.partial(sharding.place, self.mesh, ())
-        opt_state = sharding.init_beside(init, masters(params, master))
+        opt_state = sharding.init_beside(self.mesh, self.layout, init, masters(params, master))
         return State(params, master, opt_state, everywhere(zero), everywhere(key))
 
     def evaluate(self, state: State, score: checks.Score, batch, *, has_aux: bool = False, per_member: bool = False):
@@ -184,7 +184,9 @@ class Strategy:
         params, master, opt_state, updates = step(
             self._optimizer(state.params, plan), state.params, state.master, state.opt_state, estimate, frozen
         )
-        params, master = self._laid_out(params), self._laid_out(master)
+        if self.mesh is not None:
+            params, master = self._laid_out(params), self._laid_out(master)
+            opt_state = sharding.place_beside(self.mesh, self.layout, masters(params, master), opt_state)
         size = sum(math.prod(leaf.shape) for leaf in plan if leaf.form != "frozen")
         moved = [u for u, f in zip(jax.tree.leaves(updates), jax.tree.leaves(frozen), strict=True) if not f]
         metrics = {name: total / count for name, (total, count) in estimate.metrics.items()}

@@ -8,18 +8,24 @@
 Results depend on the sizes by rounding alone, and evolution's not at all under the conditions of `eggroll.strategy`.
 """
 
+import dataclasses
 import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from eggroll import sharding
+from rl.types import TrainBatch
 
 AXES = ("population", "data", "fsdp", "tensor")
 SPREAD = AXES[:3]  # what members, sequences and slots are divided over
@@ -73,6 +79,73 @@ def make(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) 
             "XLA_FLAGS=--xla_force_host_platform_device_count=8 makes 8 devices)"
         )
     return Mesh(np.asarray(devices).reshape(shape), AXES)
+
+
+def place(mesh: Mesh | None, tree: Any, whole: bool = False) -> Any:
+    """Parameters laid out on a mesh; None: as they are.
+
+    Args:
+        tree: arrays, or what is being traced.
+        whole: put together where `fsdp` holds them in parts, as what computes needs them.
+    """
+    if mesh is None:
+        return tree
+    keep = lambda entry: None if whole and entry == "fsdp" else entry
+    layout = [(pattern, PartitionSpec(*map(keep, spec))) for pattern, spec in LAYOUT]
+    return sharding.place(mesh, layout, tree)
+
+
+def init_optimizer(mesh: Mesh | None, init: Callable[[Any], Any], params: Any) -> Any:
+    """An optimizer's first state, laid out as the parameters."""
+    return init(params) if mesh is None else sharding.init_beside(mesh, LAYOUT, init, params)
+
+
+def lay_out(mesh: Mesh | None, params: Any, master: Any, opt_state: Any) -> tuple[Any, Any, Any]:
+    """What an update returns, constrained to lie as `place` and `init_optimizer` laid it out."""
+    if mesh is None:
+        return params, master, opt_state
+    opt_state = sharding.place_beside(mesh, LAYOUT, params, opt_state)
+    return place(mesh, params), place(mesh, master), opt_state
+
+
+def over_micro_batches(mesh: Mesh | None, run: Callable, params: Any, batch: TrainBatch) -> tuple[Any, Any, Any]:
+    """Every device runs its own micro-batches, dealt out in turn.
+
+    Args:
+        run: (params, batch) -> (what is added over micro-batches, what is largest, what each has with leading axis M).
+        params: the same on every device.
+
+    Returns:
+        What `run` returns of the whole batch.
+    """
+    if mesh is None:
+        return run(params, batch)
+    devices, size = sharding.count(mesh, SPREAD), len(batch.ids)
+    padding = -size % devices
+
+    def deal(x):  # [M, ...] -> [D, M / D, ...]: micro-batch m to device m % D
+        x = jnp.asarray(x)
+        x = jnp.pad(x, ((0, padding), *((0, 0) for _ in x.shape[1:])))
+        return x.reshape(-1, devices, *x.shape[1:]).swapaxes(0, 1)
+
+    def own(device, params, batch, used):
+        batch = jax.tree.map(lambda x: x[0], batch)
+        used = jnp.maximum(0, -(-(used - device) // devices))
+        added, largest, each = run(params, dataclasses.replace(batch, used=used))
+        each = jax.tree.map(lambda x: x[None], each)
+        return (
+            jax.tree.map(lambda x: lax.psum(x, SPREAD), added),
+            jax.tree.map(lambda x: lax.pmax(x, SPREAD), largest),
+            each,
+        )
+
+    everywhere, spread = PartitionSpec(), PartitionSpec(SPREAD)
+    mapped = sharding.per_device(own, mesh, SPREAD, (everywhere, spread, everywhere), (everywhere, everywhere, spread))
+    dealt = jax.tree.map(lambda x: deal(x) if jnp.ndim(x) else jnp.zeros(devices, x.dtype), batch)
+    added, largest, each = mapped(params, dealt, jnp.asarray(batch.used))
+    back = lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:size]
+    each = jax.tree.map(lambda x: lax.with_sharding_constraint(back(x), NamedSharding(mesh, everywhere)), each)
+    return added, largest, each
 
 
 # -- several processes -----------------------------------------------------------------------------------------------
