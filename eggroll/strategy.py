@@ -313,7 +313,8 @@ def strategy(
         mesh: devices, or None: what is jitted runs where its arguments are. Its axes must be automatic.
         axes: of the mesh, over which members are divided; None: all. What is sent is every score, once, 4 bytes.
         layout: (pattern, PartitionSpec) pairs over the other axes, see `eggroll.sharding`: where parameters lie, their
-            optimizer state and the compiler's share of every member's work; () copies them to every device.
+            optimizer state and the compiler's share of every member's work; () copies them to every device. Members' loops then
+            have to run equally long on all devices, which exchange parts inside of them.
         sums: "rebuilt": every device draws and sums all members, so that nothing is sent and the update does not depend on
             the number D of devices, bit for bit. "reduced": each sums its own members, and the sums are added, which sends
             about twice the gradient's bytes and rounds otherwise. Per matrix rebuilding takes 2 m n N r operations, the

@@ -214,7 +214,8 @@ def norms(
                 wide = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in jax.tree.leaves(gradient)]
                 return squares.at[i].set(sum(jnp.vdot(x, x) for x in wide).astype(squares.dtype))
 
-            squares = lax.fori_loop(0, (micro.source >= 0).sum(), squared_norm, jnp.zeros(score.shape, jnp.float32))
+            count = (micro.source >= 0).sum() if mesh is None else micro.source.size  # see `over_micro_batches`
+            squares = lax.fori_loop(0, count, squared_norm, jnp.zeros(score.shape, jnp.float32))
             return out[0].at[m].set(squares), out[1].at[m].set(weight.astype(jnp.float32))
 
         zeros = jnp.zeros(batch.source.shape, jnp.float32)

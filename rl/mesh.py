@@ -109,7 +109,7 @@ def lay_out(mesh: Mesh | None, params: Any, master: Any, opt_state: Any) -> tupl
 
 
 def over_micro_batches(mesh: Mesh | None, run: Callable, params: Any, batch: TrainBatch) -> tuple[Any, Any, Any]:
-    """Every device runs its own micro-batches, dealt out in turn.
+    """Every device runs its own micro-batches, dealt out in turn; where they run out, empty ones.
 
     Args:
         run: (params, batch) -> (what is added over micro-batches, what is largest, what each has with leading axis M).
@@ -123,15 +123,17 @@ def over_micro_batches(mesh: Mesh | None, run: Callable, params: Any, batch: Tra
     devices, size = sharding.count(mesh, SPREAD), len(batch.ids)
     padding = -size % devices
 
-    def deal(x):  # [M, ...] -> [D, M / D, ...]: micro-batch m to device m % D
-        x = jnp.asarray(x)
-        x = jnp.pad(x, ((0, padding), *((0, 0) for _ in x.shape[1:])))
+    def deal(path, x):  # [M, ...] -> [D, M / D, ...]: micro-batch m to device m % D
+        if not jnp.ndim(x):
+            return jnp.zeros(devices, x.dtype)
+        nothing = -1 if path[0].name in ("segments", "source", "experts") else 0
+        x = jnp.pad(x, ((0, padding), *((0, 0) for _ in x.shape[1:])), constant_values=nothing)
         return x.reshape(-1, devices, *x.shape[1:]).swapaxes(0, 1)
 
     def own(device, params, batch, used):
         batch = jax.tree.map(lambda x: x[0], batch)
-        used = jnp.maximum(0, -(-(used - device) // devices))
-        added, largest, each = run(params, dataclasses.replace(batch, used=used))
+        # as many on every device: programs with the compiler's own exchanges, over `tensor`, must go in step
+        added, largest, each = run(params, dataclasses.replace(batch, used=-(-used // devices)))
         each = jax.tree.map(lambda x: x[None], each)
         return (
             jax.tree.map(lambda x: lax.psum(x, SPREAD), added),
@@ -141,7 +143,7 @@ def over_micro_batches(mesh: Mesh | None, run: Callable, params: Any, batch: Tra
 
     everywhere, spread = PartitionSpec(), PartitionSpec(SPREAD)
     mapped = sharding.per_device(own, mesh, SPREAD, (everywhere, spread, everywhere), (everywhere, everywhere, spread))
-    dealt = jax.tree.map(lambda x: deal(x) if jnp.ndim(x) else jnp.zeros(devices, x.dtype), batch)
+    dealt = jax.tree_util.tree_map_with_path(deal, batch)
     added, largest, each = mapped(params, dealt, jnp.asarray(batch.used))
     back = lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:size]
     each = jax.tree.map(lambda x: lax.with_sharding_constraint(back(x), NamedSharding(mesh, everywhere)), each)

@@ -5,11 +5,8 @@ import functools
 
 import jax
 import numpy as np
-import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments.build import OPTIMIZERS
 from rl import mesh as meshes
 from rl.learners import gradient
 from rl.learners.settings import Settings
