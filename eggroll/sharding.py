@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -205,12 +206,19 @@ def shardings(mesh: Mesh, layout: Layout, params: Any) -> Any:
 def place(mesh: Mesh, layout: Layout, tree: Any) -> Any:
     """A tree laid out on the mesh: arrays are moved, what is being traced is constrained."""
 
-    def put(x, where):
-        if isinstance(x, jax.core.Tracer):
-            return lax.with_sharding_constraint(x, where)
-        return jax.device_put(x, where)
-
     return jax.tree.map(put, tree, shardings(mesh, layout, tree))
+
+
+def put(x: Any, where: NamedSharding) -> Array:
+    """One array laid out: moved, or constrained where it is being traced. Several processes give equal arrays of their own."""
+    if isinstance(x, jax.core.Tracer):
+        return lax.with_sharding_constraint(x, where)
+    if where.is_fully_addressable or (isinstance(x, Array) and not x.is_fully_addressable):
+        return jax.device_put(x, where)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(put(jax.random.key_data(x), where), impl=jax.random.key_impl(x))
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
 
 def place_beside(mesh: Mesh, layout: Layout, params: Any, state: Any) -> Any:
@@ -218,8 +226,8 @@ def place_beside(mesh: Mesh, layout: Layout, params: Any, state: Any) -> Any:
 
     Others, such as projected moments, lie as the optimizer has them, scalars everywhere.
     """
-    put = lambda x, where: x if where is None else lax.with_sharding_constraint(x, where)
-    return jax.tree.map(put, state, _beside(mesh, layout, params, state))
+    lay = lambda x, where: x if where is None else lax.with_sharding_constraint(x, where)
+    return jax.tree.map(lay, state, _beside(mesh, layout, params, state))
 
 
 def init_beside(mesh: Mesh, layout: Layout, init: Callable[[Any], Any], params: Any) -> Any:

@@ -1,5 +1,6 @@
 """Evolution of a language model: every member of a population answers the same prompts; reward is its fitness."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 
 import eggroll
 from rl.learners.types import Answers, Learner, tree_bytes
+from rl.mesh import place
 from rl.rewards.judge import fill_unjudged
 
 # (value [..., G], ok [..., G]) -> [...], as in `rl.rewards.judge`
@@ -25,7 +27,8 @@ def learner(es: eggroll.Strategy, fitness: Fitness, key: jax.Array, *, common: b
         key: of all noise.
         common: whether members share the randomness of each (prompt, sample).
     """
-    draw, update, members = jax.jit(es.draw), jax.jit(es.update, donate_argnums=0), es.population.size
+    drawn = lambda state: es.draw(dataclasses.replace(state, params=place(es.mesh, state.params, whole=True)))
+    draw, update, members = jax.jit(drawn), jax.jit(es.update, donate_argnums=0), es.population.size
 
     def learn(state: eggroll.State, answers: Answers, replayed: None = None):
         value, ok = (answers.by_member(x, members) for x in (answers.scored.value, answers.scored.ok))
@@ -44,7 +47,7 @@ def learner(es: eggroll.Strategy, fitness: Fitness, key: jax.Array, *, common: b
         common=common,
         init=lambda params: es.init(params, key),
         weights=lambda state: (draw(state), int(state.generation)),
-        mean=lambda state: state.params,
+        mean=lambda state: place(es.mesh, state.params, whole=True),
         learn=learn,
         plan=plan,
     )
