@@ -10,6 +10,9 @@ that get `full`-rank noise (a matrix must not be smaller than the rank) or stay 
 `sigma`, multiplied by `sigma_decay` after every generation; fitness `shaping` (zscore, centred_rank, pair_sign); `chunk`
 members at a time (0: all).
 
+`mesh`: sizes of the axes of `rl.mesh`, `population`, `data`, `fsdp`, `tensor`, which multiply to the number of devices (-1:
+what is left); all 1: one device.
+
 Control runs also have:
 
 * `env`, `max_steps`: environment, and time limit of an episode (0: the environment's own);
@@ -70,6 +73,11 @@ def es(**changes: Any) -> ml_collections.ConfigDict:
     return _block(defaults, changes)
 
 
+def mesh() -> ml_collections.ConfigDict:
+    """The `mesh` block."""
+    return _block({"population": 1, "data": 1, "fsdp": 1, "tensor": 1}, {})
+
+
 def evolution(
     env: str,
     generations: int,
@@ -128,6 +136,7 @@ def _control(env: str, method: str, steps: int, hidden: tuple[int, ...], stochas
             "eval_every": 5,
             "eval_episodes": 64,
             "save_every": 20,
+            "mesh": mesh(),
             "policy": {"hidden": hidden, "stochastic": stochastic, "normalize_observations": True},
         }
     )

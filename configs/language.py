@@ -13,7 +13,7 @@
 * `engine`: `slots`, `chunk`, `bucket`, `view`, `tail` of `rl.rollout.engine.Settings`;
 * `reward`: `workers` and seconds until the `deadline` of one verdict;
 * `log_samples`: completions written to `samples.jsonl` every step;
-* `optimizer`: as in `configs/base.py`.
+* `optimizer`, `mesh`: as in `configs/base.py`.
 
 Evolution:
 
@@ -36,7 +36,7 @@ from typing import Any
 import ml_collections
 from ml_collections.config_dict import placeholder
 
-from configs.base import es, optimizer
+from configs.base import es, mesh, optimizer
 from rl import slots
 from rl.objectives.presets import PRESETS
 
@@ -146,6 +146,7 @@ def _base(
             "score": "solved",
             "engine": {"slots": 1024, "chunk": 8, "bucket": 16, "view": 128, "tail": 0},
             "reward": {"workers": 1, "deadline": 5.0},
+            "mesh": mesh(),
             "optimizer": optimizer(learning_rate=learning_rate),
         }
     )

@@ -115,7 +115,8 @@ def gradients(
     rank: int,
     kind: str,
     chunk: int | None = None,
-    place: Callable[[Array], Array] = lambda ids: ids,
+    part: Callable[[Array], tuple[Array, Array, Array]] | None = None,
+    total: Callable[[list[Array]], list[Array]] = lambda sums: sums,
 ) -> list[Array | None]:
     """The textbook estimate of every leaf, in ascent sign.
 
@@ -125,18 +126,19 @@ def gradients(
         key: (seed word, seed word, generation word).
         sigma: noise standard deviation.
         chunk: at most this many members' factors at once, in whole blocks; partial sums are accumulated in f32 (or wider).
-        place: puts factor identities [G, P or Q] on devices.
+        part: weights of all directions [G, P, Q] -> (those of some, identities of their row and of their column factors);
+            None: all.
+        total: sums of these -> sums of all.
 
     Returns:
         One array per leaf in the leaf's shape, None for frozen leaves.
     """
     weights = direction_weights(fitness, population)
-    row_ids, column_ids = population.row_ids(), population.column_ids()
+    own = (weights, population.row_ids(), population.column_ids()) if part is None else part(weights)
     active = [leaf for leaf in plan if leaf.form != "frozen"]
 
     def block_sum(block):
         w, rows, columns = block
-        rows = place(rows)
         # a kernel makes the factors of a matrix where it needs them: nothing is drawn for those
         made = [leaf.low_rank and es_update.serves(_wide(leaf)) for leaf in active]
         rest = [leaf for leaf, m in zip(active, made, strict=True) if not m]
@@ -148,12 +150,12 @@ def gradients(
         parts = [address(leaf) if m else next(drawn) for leaf, m in zip(active, made, strict=True)]
         return [_leaf_sum(leaf, w, *part) for leaf, part in zip(active, parts, strict=True)]
 
-    per_block = population.size // population.blocks
-    step = population.blocks if chunk is None else max(1, min(chunk // per_block, population.blocks))
-    sums = _summed(block_sum, (weights, row_ids, column_ids), step)
+    blocks, *per_block = own[0].shape
+    members = math.prod(per_block) * population.signs
+    step = blocks if chunk is None else max(1, min(chunk // members, blocks))
+    sums = total(_summed(block_sum, own, step))
     scaled = {
-        leaf.path: total / (population.size * _spread(leaf, sigma, rank))
-        for leaf, total in zip(active, sums, strict=True)
+        leaf.path: x / (population.size * _spread(leaf, sigma, rank)) for leaf, x in zip(active, sums, strict=True)
     }
     return [scaled.get(leaf.path) for leaf in plan]
 

@@ -99,6 +99,7 @@ def map_members(
     member: Callable,
     draw: Callable[[Array, Array], tuple],
     population: Population,
+    ids: tuple[Array, Array],
     batch,
     per_member: bool,
     chunk: int | None,
@@ -111,6 +112,8 @@ def map_members(
     Args:
         member: pure function of one member's noise and sign (+1 or -1) and of its data.
         draw: factor identities [g, P], [g, Q] -> (row parts, column parts), trees with those leading axes.
+        population: how many there are, and in which grid.
+        ids: identities of their row and column factors, u32 [G, P] and [G, Q].
         batch: shared by all members; with `per_member`, [N, ...].
         chunk: at most this many members at once: whole blocks, or else whole columns of one block.
 
@@ -149,7 +152,7 @@ def map_members(
     data = None
     if per_member:  # [N, ...] -> [G, Q, P, S, ...]
         data = jax.tree.map(lambda x: population.grid(x).swapaxes(1, 2), batch)
-    ids = (population.row_ids(), population.column_ids(), data)
+    ids = (*ids, data)
     per_block = population.size // population.blocks
     if chunk is None or chunk >= population.size:
         out = blocks(ids)

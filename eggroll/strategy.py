@@ -3,17 +3,17 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array, lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax import Array
+from jax.sharding import Mesh
 
-from eggroll import fitness, noise
+from eggroll import checks, fitness, noise, sharding
 from eggroll.estimate import Estimate, gradients, master_copy, masters, step
 from eggroll.members import Drawn, map_members, mapped, perturbed
 from eggroll.perturb import RULES as PERTURBATION_RULES
@@ -21,7 +21,7 @@ from eggroll.perturb import Interpreter, LowRank
 from eggroll.population import Population
 from kernels import dispatch, noise_bits
 
-Score = Callable[[Any, Any], Any]
+_COMPILER_DIVIDES = "the compiler divides arrays over axes of the mesh, and it cannot divide a kernel"
 
 
 @functools.partial(
@@ -62,6 +62,9 @@ class Strategy:
     reuse: int
     chunk: int | None
     mesh: Mesh | None
+    axes: tuple[str, ...]
+    layout: sharding.Layout
+    sums: str
     materialise: bool
 
     def init(self, params, key: Array) -> State:
@@ -76,11 +79,15 @@ class Strategy:
         plan = self._plan(params)
         if all(leaf.form == "frozen" for leaf in plan):
             raise ValueError(f"at least one leaf must be perturbed; all {len(plan)} are frozen: relax the rules")
-        master = master_copy(params)
-        opt_state = self._optimizer(params, plan).init(masters(params, master))
-        return State(params, master, opt_state, jnp.zeros((), jnp.int32), key)
+        params = self._laid_out(params)
+        master, init, zero = master_copy(params), self._optimizer(params, plan).init, jnp.zeros((), jnp.int32)
+        if self.mesh is None:
+            return State(params, master, init(masters(params, master)), zero, key)
+        everywhere = functools.partial(sharding.place, self.mesh, ())
+        opt_state = sharding.init_beside(self.mesh, self.layout, init, masters(params, master))
+        return State(params, master, opt_state, everywhere(zero), everywhere(key))
 
-    def evaluate(self, state: State, score: Score, batch, *, has_aux: bool = False, per_member: bool = False):
+    def evaluate(self, state: State, score: checks.Score, batch, *, has_aux: bool = False, per_member: bool = False):
         """Scores of every perturbed member on every row of the batch.
 
         Args:
@@ -97,10 +104,10 @@ class Strategy:
             ValueError: score is not a scalar, or the batch's leading axes do not fit.
         """
         lead = (self.population.size,) if per_member else ()
-        _check_batch(batch, lead)
+        checks.check_batch(batch, lead)
         chex.assert_shape(state.generation, ())
-        with dispatch.refused(self._split()):
-            out = self._members(state, _scalar(score, has_aux), batch, per_member)
+        with dispatch.refused(self._shared()):
+            out = self._members(state, checks.scalar(score, has_aux), batch, per_member)
         return out if has_aux else out[0]
 
     def draw(self, state: State) -> Drawn:
@@ -115,14 +122,14 @@ class Strategy:
         lefts, rights = self._draw(plan, state, flat(self.population.row_ids()), flat(self.population.column_ids()))
         return Drawn(state.params, lefts, rights, plan, self.population)
 
-    def evaluate_mean(self, state: State, score: Score, batch, *, has_aux: bool = False):
+    def evaluate_mean(self, state: State, score: checks.Score, batch, *, has_aux: bool = False):
         """Scores [E] of the unperturbed mean parameters on every row of the batch (and aux [E, ...])."""
-        _check_batch(batch, ())
-        with dispatch.refused(self._split()):
-            out = jax.vmap(functools.partial(_scalar(score, has_aux), state.params))(batch)
+        checks.check_batch(batch, ())
+        with dispatch.refused(_COMPILER_DIVIDES if self.mesh is not None and self.mesh.size > 1 else ""):
+            out = jax.vmap(functools.partial(checks.scalar(score, has_aux), state.params))(batch)
         return out if has_aux else out[0]
 
-    def uses(self, state: State, score: Score, row) -> list[tuple[str, str, bool]]:
+    def uses(self, state: State, score: checks.Score, row) -> list[tuple[str, str, bool]]:
         """Where low-rank weights are used, without running anything.
 
         Returns:
@@ -156,13 +163,11 @@ class Strategy:
             raise ValueError(f"shaping must return [{self.population.size}] numbers; got shape {shaped.shape}")
         sigma = self._sigma(state)
         plan = self._plan(state.params)
-        with dispatch.refused(self._split()):
-            ascent = gradients(
-                plan, self.population, shaped, self._noise_key(state), sigma,
-                rank=self.rank, kind=self.noise, chunk=self.chunk, place=self._place,
-            )  # fmt: skip
+        with dispatch.refused(self._shared()):
+            ascent = self._ascent(plan, shaped, self._noise_key(state), sigma)
         leaves, tree = jax.tree.flatten(state.params)
         descent = [jnp.zeros_like(p) if g is None else -g for p, g in zip(leaves, ascent, strict=True)]
+        descent = jax.tree.leaves(self._laid_out(jax.tree.unflatten(tree, descent)))
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in ascent if g is not None))
         metrics = shaping_metrics | {"gradient_norm": norm, "sigma": sigma}
         one = jnp.ones((), jnp.float32)
@@ -179,6 +184,9 @@ class Strategy:
         params, master, opt_state, updates = step(
             self._optimizer(state.params, plan), state.params, state.master, state.opt_state, estimate, frozen
         )
+        if self.mesh is not None:
+            params, master = self._laid_out(params), self._laid_out(master)
+            opt_state = sharding.place_beside(self.mesh, self.layout, masters(params, master), opt_state)
         size = sum(math.prod(leaf.shape) for leaf in plan if leaf.form != "frozen")
         moved = [u for u, f in zip(jax.tree.leaves(updates), jax.tree.leaves(frozen), strict=True) if not f]
         metrics = {name: total / count for name, (total, count) in estimate.metrics.items()}
@@ -203,22 +211,14 @@ class Strategy:
     def _noise_key(self, state: State) -> tuple[Array, Array, Array]:
         return (*noise.seed_words(state.key), (state.generation // self.reuse).astype(jnp.uint32))
 
-    def _split(self) -> str:
-        """Why no kernel can serve this strategy, or ""."""
-        if self.mesh is None or self.mesh.size == 1:
+    def _shared(self) -> str:
+        """Why no kernel can serve the program of one device, or ""."""
+        if self.mesh is None or math.prod(self.mesh.shape[axis] for axis in self.axes) == self.mesh.size:
             return ""
-        return "the compiler divides the members over the mesh, and it cannot divide a kernel"
+        return _COMPILER_DIVIDES
 
-    def _place(self, ids: Array) -> Array:
-        """Spreads members over the mesh: by blocks where there are several, else by rows."""
-        if self.mesh is None:
-            return ids
-        axes = (
-            PartitionSpec(self.mesh.axis_names)
-            if self.population.blocks > 1
-            else PartitionSpec(None, self.mesh.axis_names)
-        )
-        return lax.with_sharding_constraint(ids, NamedSharding(self.mesh, axes))
+    def _laid_out(self, tree):
+        return tree if self.mesh is None else sharding.place(self.mesh, self.layout, tree)
 
     def _draw(self, plan, state: State, rows: Array, columns: Array) -> tuple[list, list]:
         """Noise for these factor identities, laid out and scaled as members use it: row and column parts of every leaf."""
@@ -246,18 +246,34 @@ class Strategy:
 
     def _members(self, state: State, score, batch, per_member: bool):
         """Scores and aux of all members, with leading axes [N, E]."""
+        state = dataclasses.replace(state, master=None, opt_state=None)
         plan = self._plan(state.params)
 
-        def draw(rows: Array, columns: Array):
-            return self._draw(plan, state, self._place(rows), columns)
+        def some(state, batch, population, ids):
+            def member(lefts, rights, sign, rows):
+                params = perturbed(plan, state.params, lefts, rights, sign)
+                run = Interpreter(PERTURBATION_RULES, self.materialise)
+                size = jax.tree.leaves(rows)[0].shape[0]
+                return mapped(lambda row: run.call(score, params, row), (0,), size)(rows)
 
-        def member(lefts, rights, sign, rows):
-            params = perturbed(plan, state.params, lefts, rights, sign)
-            run = Interpreter(PERTURBATION_RULES, self.materialise)
-            size = jax.tree.leaves(rows)[0].shape[0]
-            return mapped(lambda row: run.call(score, params, row), (0,), size)(rows)
+            draw = functools.partial(self._draw, plan, state)
+            return map_members(member, draw, population, ids, batch, per_member, self.chunk)
 
-        return map_members(member, draw, self.population, batch, per_member, self.chunk)
+        if self.mesh is None:
+            return some(state, batch, self.population, (self.population.row_ids(), self.population.column_ids()))
+        return sharding.evaluate(some, self.population, self.mesh, self.axes, state, batch, per_member)
+
+    def _ascent(self, plan, shaped: Array, key: tuple[Array, Array, Array], sigma: Array) -> list[Array | None]:
+        """`gradients` of all members, on every device or by parts."""
+
+        def all_or_own(shaped, key, sigma, **own):
+            settings = {"rank": self.rank, "kind": self.noise, "chunk": self.chunk}
+            return gradients(plan, self.population, shaped, key, sigma, **settings, **own)
+
+        if self.mesh is None:
+            return all_or_own(shaped, key, sigma)
+        reduced = self.sums == "reduced"
+        return sharding.summed(all_or_own, self.population, self.mesh, self.axes, reduced, shaped, key, sigma)
 
 
 def strategy(
@@ -272,6 +288,9 @@ def strategy(
     reuse: int = 1,
     chunk: int | None = None,
     mesh: Mesh | None = None,
+    axes: Sequence[str] | None = None,
+    layout: sharding.Layout = (),
+    sums: str = "rebuilt",
     materialise: bool = False,
 ) -> Strategy:
     """EGGROLL: evolution strategies with low-rank noise; full-rank OpenES with rules=(("", "full"),).
@@ -289,63 +308,33 @@ def strategy(
         shaping: from `eggroll.fitness`.
         reuse: generations that share their noise (K in the literature); 1 draws afresh every generation.
         chunk: at most about this many members at once (whole rows of the population); bounds memory, and on a CPU keeps
-            activations in cache. Changes no number beyond rounding.
-        mesh: devices to spread the members over, all axes of it.
+            activations in cache. Changes no number beyond rounding; and where it divides N / D, the number D of devices
+            changes none at all.
+        mesh: devices, or None: what is jitted runs where its arguments are. Its axes must be automatic.
+        axes: of the mesh, over which members are divided; None: all. What is sent is every score, once, 4 bytes.
+        layout: (pattern, PartitionSpec) pairs over the other axes, see `eggroll.sharding`: where parameters lie, their
+            optimizer state and the compiler's share of every member's work; () copies them to every device. Members' loops then
+            have to run equally long on all devices, which exchange parts inside of them.
+        sums: "rebuilt": every device draws and sums all members, so that nothing is sent and the update does not depend on
+            the number D of devices, bit for bit. "reduced": each sums its own members, and the sums are added, which sends
+            about twice the gradient's bytes and rounds otherwise. Per matrix rebuilding takes 2 m n N r operations, the
+            evaluation 2 m n (N / D) rows: "reduced" pays where D r exceeds the rows (tokens) a member is evaluated on.
         materialise: form the perturbation of a weight that meets an operation without a rule, instead of an error.
 
     Raises:
         ValueError: an unknown noise name, rank or reuse below 1, sigma not positive, a population that does not divide over
-            the mesh.
+            the mesh, or unknown axes and sums.
 
     Source: Sarkar et al., "Evolution Strategies at the Hyperscale", arXiv 2511.16652; crossed populations are this project's.
     """
-    _check_settings(population, rank, sigma, noise, reuse, chunk, mesh)
+    checks.check_settings(rank, sigma, noise, reuse, chunk, sums)
+    axes = () if mesh is None else mesh.axis_names if axes is None else tuple(axes)
+    if mesh is not None:
+        sharding.check(population, mesh, axes)
     return Strategy(
         optimizer, population, rank, sigma, noise, tuple((str(p), str(f)) for p, f in rules), shaping, reuse, chunk, mesh,
-        materialise,
+        axes, tuple(layout), sums, materialise,
     )  # fmt: skip
-
-
-def _check_settings(population, rank, sigma, kind, reuse, chunk, mesh) -> None:
-    if kind not in noise.KINDS:
-        raise ValueError(f"noise is one of {noise.KINDS}; got {kind!r}")
-    for name, value in (("rank", rank), ("reuse", reuse), ("chunk", 1 if chunk is None else chunk)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number >= 1; got {value!r}")
-    if not callable(sigma) and not sigma > 0:
-        raise ValueError(f"sigma must be positive (or a schedule of the generation); got {sigma!r}")
-    if mesh is not None:
-        spread = population.blocks if population.blocks > 1 else population.rows
-        if spread % mesh.size:
-            raise ValueError(
-                f"the population's {'blocks' if population.blocks > 1 else 'rows'} must divide over the devices; got {spread} "
-                f"over {mesh.size}: choose a population of a multiple of {mesh.size}"
-            )
-
-
-def _scalar(score: Score, has_aux: bool) -> Callable:
-    """score with a checked scalar result, always as (score, aux)."""
-
-    def checked(params, row):
-        out = score(params, row)
-        value, aux = out if has_aux else (out, None)
-        if jnp.shape(value) != ():
-            raise ValueError(f"score must return one number per row (higher is better); got shape {jnp.shape(value)}")
-        return value, aux
-
-    return checked
-
-
-def _check_batch(batch, lead: tuple[int, ...]) -> None:
-    shapes = {jax.tree_util.keystr(path): jnp.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(batch)}
-    n = len(lead) + 1
-    if (
-        not shapes
-        or len({s[:n] for s in shapes.values()}) > 1
-        or any(len(s) < n or s[: n - 1] != lead for s in shapes.values())
-    ):
-        want = f"[members = {lead[0]}, evaluations]" if lead else "[evaluations]"
-        raise ValueError(f"every array of the batch needs the same leading axes {want}; got {shapes}")
 
 
 def _is_low_rank(x) -> bool:

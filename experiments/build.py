@@ -10,8 +10,10 @@ import ml_collections
 import numpy as np
 import optax
 import optax.contrib
+from jax.sharding import Mesh
 
 import eggroll
+from rl import mesh as meshes
 from rl import optim
 from rl.config import ConfigError, flatten
 from rl.data import packing
@@ -129,13 +131,25 @@ def optimizer(config: ml_collections.ConfigDict, updates: int = 1) -> optax.Grad
         raise ConfigError(f"config.optimizer.options do not fit {c.name}: {error}") from error
 
 
+def mesh(config: ml_collections.ConfigDict) -> Mesh | None:
+    """The devices of `config.mesh`; None: one.
+
+    Raises:
+      ConfigError: sizes that do not multiply to the number of devices.
+    """
+    try:
+        return meshes.make(config.mesh.to_dict())
+    except ValueError as error:
+        raise ConfigError(f"config.mesh: {error}") from error
+
+
 def strategy(config: ml_collections.ConfigDict, rules: tuple[tuple[str, str], ...] = ()) -> eggroll.Strategy:
     """The evolution strategy of `config.es` with the optimizer of `config.optimizer`; method openes: full-rank noise.
 
     Raises:
       ConfigError: an unknown name, or settings that do not fit together.
     """
-    c = config.es
+    c, devices = config.es, mesh(config)
     rules = (("", "full"),) if config.method == "openes" else (*((pattern, "full") for pattern in c.full), *rules)
     rules = (*((pattern, "frozen") for pattern in c.frozen), *rules)  # the first that fits decides
     try:
@@ -148,6 +162,7 @@ def strategy(config: ml_collections.ConfigDict, rules: tuple[tuple[str, str], ..
             rules=rules,
             shaping=choose("es.shaping", c.shaping, SHAPINGS),
             chunk=c.chunk or None,
+            **({} if devices is None else {"mesh": devices, "axes": meshes.SPREAD, "layout": meshes.LAYOUT}),
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -224,7 +239,7 @@ def _gradient(config: ml_collections.ConfigDict, model: LanguageModel, train: Pr
     shape = packing.shape(tokens, train.longest, config.budget)
     tx = optimizer(config, settings.minibatches * settings.epochs)
     tx = optax.chain(optax.clip_by_global_norm(clip), tx) if clip else tx
-    made = gradient.learner(model, tx, settings, shape, train.ids, config.samples, config.seed, stop)
+    made = gradient.learner(model, tx, settings, shape, train.ids, config.samples, config.seed, stop, mesh(config))
     if config.prompts % settings.minibatches:
         raise ConfigError(
             f"a step's prompts must divide into minibatches; got config.prompts = {config.prompts} and "

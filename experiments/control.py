@@ -60,6 +60,8 @@ def _make_learner(config: ml_collections.ConfigDict, env: envs.Env) -> Learner:
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
     policy = Policy(env.action, tuple(config.policy.hidden), config.policy.stochastic)
     if config.method == "ppo":
+        if build.mesh(config) is not None:
+            raise config_lib.ConfigError("PPO runs on one device; got sizes of config.mesh above 1: set them to 1")
         settings = ppo.Settings(**config.ppo.to_dict(), normalize_observations=config.policy.normalize_observations)
         # Nearly uniform first actions: PPO has to explore by them.
         policy = dataclasses.replace(policy, stochastic=True, output_scale=0.01)

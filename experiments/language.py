@@ -78,7 +78,8 @@ def set_up(config: ml_collections.ConfigDict, task: tasks.Task, pool: Pool) -> t
         start_slots(config, *slots, len(train), blank)  # their own errors, before the run
         settings = Settings(
             length=max(train.longest, test.longest) + config.budget, stop=ends,
-            sampling=Sampling(**config.sampling.to_dict()), record_experts=method.record_experts, **config.engine.to_dict(),
+            sampling=Sampling(**config.sampling.to_dict()), record_experts=method.record_experts, mesh=build.mesh(config),
+            **config.engine.to_dict(),
         )  # fmt: skip
     except (ValueError, ImportError) as error:
         raise ConfigError(str(error)) from error

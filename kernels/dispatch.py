@@ -146,13 +146,15 @@ def _platform() -> str:
 def _undivided() -> str:
     """Why no kernel may be chosen unasked on a machine of several devices, or "".
 
-    Outside of `jax.shard_map` the compiler divides arrays as it likes, and it cannot divide a kernel.
+    The compiler divides arrays as it likes over every axis that `jax.shard_map` does not, and it cannot divide a kernel.
     """
-    manual = any(kind == AxisType.Manual for kind in jax.sharding.get_abstract_mesh().axis_types)
-    if jax.device_count() == 1 or manual:
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = [kind for kind, size in zip(mesh.axis_types, mesh.axis_sizes, strict=True) if size > 1]
+    if jax.device_count() == 1 or (mesh.axis_types and all(kind == AxisType.Manual for kind in kinds)):
         return ""
     return (
-        f"there are {jax.device_count()} devices, and only inside jax.shard_map is a kernel sure to run on one of them"
+        f"there are {jax.device_count()} devices, and only where jax.shard_map divides over all of them is a kernel sure to "
+        "run on one"
     )
 
 

@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import Mesh
 
 from eggroll import Estimate
 from kernels import token_logprob
 from rl.data import packing
 from rl.data.packing import Shape
+from rl.mesh import over_micro_batches, place
 from rl.models.language import LanguageModel, Params, head_of
 from rl.objectives.policy_gradient import Credit, Objective, loss
 from rl.types import TrainBatch
@@ -98,13 +100,17 @@ def completion_scores(
     *,
     temperature: float | Array = 1.0,
     block: int | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Array, Array]:
     """`completion_logp` of all micro-batches, ([M, n, L], [M, n, L]): what proximal and reference policies think."""
-    one = lambda m: completion_logp(model, params, _take(batch, m), temperature=temperature, block=block)
-    put = lambda m, out: jax.tree.map(lambda every, part: every.at[m].set(part), out, one(m))
-    shapes = jax.eval_shape(one, 0)
-    empty = jax.tree.map(lambda x: jnp.zeros((len(batch.ids), *x.shape), x.dtype), shapes)
-    return lax.fori_loop(0, batch.used, put, empty)
+
+    def run(params, batch):
+        one = lambda m: completion_logp(model, params, _take(batch, m), temperature=temperature, block=block)
+        put = lambda m, out: jax.tree.map(lambda every, part: every.at[m].set(part), out, one(m))
+        empty = jax.tree.map(lambda x: jnp.zeros((len(batch.ids), *x.shape), x.dtype), jax.eval_shape(one, 0))
+        return (), (), lax.fori_loop(0, batch.used, put, empty)
+
+    return over_micro_batches(mesh, run, params, batch)[2]
 
 
 def estimate(
@@ -117,6 +123,7 @@ def estimate(
     block: int | None = None,
     merge: Callable[[Any], Params] = lambda params: params,
     credit: Callable[[TrainBatch, Array], Credit] | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Estimate, Sample]:
     """The gradient of an objective's loss.
 
@@ -129,6 +136,7 @@ def estimate(
         block: see `completion_logp`.
         merge: params -> the model's parameters, applied in every micro-batch (see `rl.lora.merge`).
         credit: (micro-batch, logp) -> what the objective sees, where that depends on the policy; None: `credit_of`.
+        mesh: of `rl.mesh`: its devices take micro-batches in turn, and the gradient lies as the parameters do.
 
     Returns:
         (the estimate, the sample). The gradient is summed in f32 (or wider) and divided once; a batch in which nothing counts
@@ -147,24 +155,22 @@ def estimate(
 
     differentiate = jax.grad(numerator, has_aux=True)
 
-    def one(m, carry):
-        gradient, denominator, metrics, sample = carry
-        part, out = differentiate(params, _take(batch, m))
-        add = functools.partial(jax.tree.map, lambda total, x: total + x.astype(total.dtype))
-        maxima = jax.tree.map(jnp.maximum, sample.maxima, out.maxima)
-        sample = Sample(sample.log_weight.at[m].set(out.log_weight), maxima)
-        return add(gradient, part), add(denominator, out.denominator), add(metrics, out.metrics), sample
+    def run(params, batch):
+        def one(m, carry):
+            sums, maxima, log_weight = carry
+            part, out = differentiate(params, _take(batch, m))
+            add = functools.partial(jax.tree.map, lambda total, x: total + x.astype(total.dtype))
+            sums = add(sums, (part, out.denominator, out.metrics))
+            return sums, jax.tree.map(jnp.maximum, maxima, out.maxima), log_weight.at[m].set(out.log_weight)
 
-    shapes = jax.eval_shape(lambda: numerator(params, _take(batch, 0))[1])
-    zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype))
-    log_weight = jnp.zeros((len(batch.ids), *shapes.log_weight.shape), shapes.log_weight.dtype)
-    start = (
-        wide_zeros(params),
-        zeros(shapes.denominator),
-        zeros(shapes.metrics),
-        Sample(log_weight, zeros(shapes.maxima)),
-    )
-    gradient, denominator, metrics, sample = lax.fori_loop(0, batch.used, one, start)
+        shapes = jax.eval_shape(lambda: numerator(params, _take(batch, 0))[1])
+        zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype))
+        log_weight = jnp.zeros((len(batch.ids), *shapes.log_weight.shape), shapes.log_weight.dtype)
+        start = (wide_zeros(params), zeros(shapes.denominator), zeros(shapes.metrics)), zeros(shapes.maxima), log_weight
+        return lax.fori_loop(0, batch.used, one, start)
+
+    (gradient, denominator, metrics), maxima, log_weight = over_micro_batches(mesh, run, params, batch)
+    gradient, sample = place(mesh, gradient), Sample(log_weight, maxima)
     share = jnp.where(denominator > 0, 1 / jnp.where(denominator > 0, denominator, 1), 0)
     gradient = jax.tree.map(lambda x: x * share.astype(x.dtype), gradient)
     return Estimate(gradient, jnp.float32(1), metrics), sample
@@ -178,6 +184,7 @@ def norms(
     temperature: float | Array = 1.0,
     block: int | None = None,
     merge: Callable[[Any], Params] = lambda params: params,
+    mesh: Mesh | None = None,
 ) -> tuple[Array, Array]:
     """|g_i|^2 of the score g_i = grad sum_t logp_it over counted tokens, and the log importance weight, of every sequence.
 
@@ -191,27 +198,31 @@ def norms(
     """
     _check(batch)
 
-    def one(m, out):
-        micro = _take(batch, m)
+    def run(params, batch):
+        def one(m, out):
+            micro = _take(batch, m)
 
-        def scores(params):
-            logp, _ = completion_logp(model, merge(params), micro, temperature=temperature, block=block)
-            mask = micro.mask & micro.counted[:, None]
-            weight = jnp.where(mask, lax.stop_gradient(logp) - micro.behaviour, 0).sum(axis=1)
-            return jnp.where(mask, logp, 0).sum(axis=1), weight
+            def scores(params):
+                logp, _ = completion_logp(model, merge(params), micro, temperature=temperature, block=block)
+                mask = micro.mask & micro.counted[:, None]
+                weight = jnp.where(mask, lax.stop_gradient(logp) - micro.behaviour, 0).sum(axis=1)
+                return jnp.where(mask, logp, 0).sum(axis=1), weight
 
-        score, pull, weight = jax.vjp(scores, params, has_aux=True)
+            score, pull, weight = jax.vjp(scores, params, has_aux=True)
 
-        def squared_norm(i, squares):
-            (gradient,) = pull(jnp.zeros_like(score).at[i].set(1))
-            wide = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in jax.tree.leaves(gradient)]
-            return squares.at[i].set(sum(jnp.vdot(x, x) for x in wide).astype(squares.dtype))
+            def squared_norm(i, squares):
+                (gradient,) = pull(jnp.zeros_like(score).at[i].set(1))
+                wide = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in jax.tree.leaves(gradient)]
+                return squares.at[i].set(sum(jnp.vdot(x, x) for x in wide).astype(squares.dtype))
 
-        squares = lax.fori_loop(0, (micro.source >= 0).sum(), squared_norm, jnp.zeros(score.shape, jnp.float32))
-        return out[0].at[m].set(squares), out[1].at[m].set(weight.astype(jnp.float32))
+            count = (micro.source >= 0).sum() if mesh is None else micro.source.size  # see `over_micro_batches`
+            squares = lax.fori_loop(0, count, squared_norm, jnp.zeros(score.shape, jnp.float32))
+            return out[0].at[m].set(squares), out[1].at[m].set(weight.astype(jnp.float32))
 
-    zeros = jnp.zeros(batch.source.shape, jnp.float32)
-    return lax.fori_loop(0, batch.used, one, (zeros, zeros))
+        zeros = jnp.zeros(batch.source.shape, jnp.float32)
+        return (), (), lax.fori_loop(0, batch.used, one, (zeros, zeros))
+
+    return over_micro_batches(mesh, run, params, batch)[2]
 
 
 def activation_bytes(

@@ -1,5 +1,6 @@
 """Evolution of a language model: every member of a population answers the same prompts; reward is its fitness."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import eggroll
 from rl import generations
 from rl.learners.types import Answers, Learner, tree_bytes
+from rl.mesh import place
 from rl.rewards.judge import fill_unjudged
 
 # (value [..., G], ok [..., G]) -> [...], as in `rl.rewards.judge`
@@ -27,7 +29,8 @@ def learner(es: eggroll.Strategy, fitness: Fitness, key: jax.Array, *, common: b
         common: whether members share the randomness of each (prompt, sample).
     """
     shape, update = generations.cut(es)
-    draw, shape, update = jax.jit(es.draw), jax.jit(shape), jax.jit(update, donate_argnums=0)
+    drawn = lambda state: es.draw(dataclasses.replace(state, params=place(es.mesh, state.params, whole=True)))
+    draw, shape, update = jax.jit(drawn), jax.jit(shape), jax.jit(update, donate_argnums=0)
     members = es.population.size
 
     def learn(state: eggroll.State, answers: Answers, replayed: None = None):
@@ -52,7 +55,7 @@ def learner(es: eggroll.Strategy, fitness: Fitness, key: jax.Array, *, common: b
         common=common,
         init=lambda params: es.init(params, key),
         weights=lambda state: (draw(state), state.generation),
-        mean=lambda state: state.params,
+        mean=lambda state: place(es.mesh, state.params, whole=True),
         learn=learn,
         plan=plan,
         compile=compile,

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.sharding import Mesh
 
 import eggroll.estimate
 from rl import estimate as estimates
@@ -25,6 +26,7 @@ from rl.learners import credit as credits
 from rl.learners.credit import rows
 from rl.learners.settings import Lora, Settings
 from rl.learners.types import Answers, Learner, tree_bytes
+from rl.mesh import init_optimizer, lay_out, place
 from rl.models.language import LanguageModel, Params
 from rl.objectives import advantages, vcpo
 from rl.rollout import routing
@@ -68,6 +70,7 @@ def learner(
     samples: int,
     seed: int,
     stop: tuple[int, ...] = (),
+    mesh: Mesh | None = None,
 ) -> Learner:
     """Policy gradients on verified reward.
 
@@ -77,25 +80,26 @@ def learner(
         samples: G.
         seed: of adapters, and of the order in which a step's prompts form minibatches.
         stop: tokens that end an answer.
+        mesh: of `rl.mesh`; None: one device.
 
     Raises:
         ValueError: see `Settings.check`.
     """
     settings.check(samples, shape.longest, model.routed is not None)
     whole = _whole(settings)
-    merged = jax.jit(whole)
-    step = _Step(model, optimizer, settings, shape, prompts, seed, stop)
+    merged, whole_on = jax.jit(whole), functools.partial(place, mesh, whole=True)
+    step = _Step(model, optimizer, settings, shape, prompts, seed, stop, mesh)
 
     def weights(state: State) -> tuple[Params, int]:
         params, version = _sampler(settings, state)
-        return params if state.base is None else merged(state.base, params), version
+        return whole_on(params if state.base is None else merged(state.base, params)), version
 
     return Learner(
         members=0,
         common=True,
-        init=functools.partial(_init, optimizer, settings, seed),
+        init=functools.partial(_init, optimizer, settings, seed, mesh),
         weights=weights,
-        mean=lambda state: state.params if state.base is None else merged(state.base, state.params),
+        mean=lambda state: whole_on(state.params if state.base is None else merged(state.base, state.params)),
         learn=step.learn,
         plan=lambda state: (
             _plan(optimizer, state)
@@ -113,19 +117,21 @@ def _whole(settings: Settings) -> Callable[[Params | None, Any], Params]:
     return lambda base, params: lora.merge(base, params, settings.lora.alpha)
 
 
-def _init(optimizer, settings: Settings, seed: int, params: Params) -> State:
-    params, base = jax.tree.map(jnp.array, params), None  # a copy: updates donate
+def _init(optimizer, settings: Settings, seed: int, mesh: Mesh | None, params: Params) -> State:
+    params, base = place(mesh, jax.tree.map(jnp.array, params)), None  # a copy: updates donate
     if settings.lora is not None:
         key = jax.random.fold_in(jax.random.key(seed), 4)
         params, base = lora.init(params, settings.lora.rank, settings.lora.pattern, key), params
+        params = place(mesh, params)
     master = eggroll.estimate.master_copy(params)
     ring = None
     if settings.staleness:
         ring = jax.tree.map(lambda x: jnp.broadcast_to(x, (settings.staleness, *x.shape)) + jnp.zeros_like(x), params)
     copy = lambda wanted: jax.tree.map(jnp.array, params) if wanted else None
     reference, previous = copy(settings.anchored), copy(settings.kl_convex)
-    opt_state = optimizer.init(eggroll.estimate.masters(params, master))
-    return State(params, base, master, opt_state, jnp.int32(0), ring, reference, previous, jnp.int32(0))
+    opt_state = init_optimizer(mesh, optimizer.init, eggroll.estimate.masters(params, master))
+    step, skipped = place(mesh, (jnp.int32(0), jnp.int32(0)))
+    return State(params, base, master, opt_state, step, ring, reference, previous, skipped)
 
 
 def _sampler(settings: Settings, state: State) -> tuple[Any, int]:
@@ -157,16 +163,18 @@ class NonFinite(RuntimeError):
 class _Step:
     """A step's groups -> updates: the jitted parts, and what the host prepares for them."""
 
-    def __init__(self, model, optimizer, settings: Settings, shape: packing.Shape, prompts, seed: int, stop):
+    def __init__(self, model, optimizer, settings: Settings, shape: packing.Shape, prompts, seed: int, stop, mesh):
         self.model, self.settings, self.shape, self.seed, self.stop = model, settings, shape, seed, stop
         self.prompt, self.prompt_length = pad(prompts)
         whole = _whole(settings)
-        score = functools.partial(estimates.completion_scores, model, temperature=settings.temperature)
+        score = functools.partial(estimates.completion_scores, model, temperature=settings.temperature, mesh=mesh)
         self.score = jax.jit(lambda base, params, batch: score(whole(base, params), batch)[0])
         rule, temperature = credits.NORMS.get(settings.norms), settings.temperature
-        norms = lambda base, *args: rule(model, *args, temperature=temperature, merge=functools.partial(whole, base))
+        norms = lambda base, *args: rule(
+            model, *args, temperature=temperature, merge=functools.partial(whole, base), mesh=mesh
+        )
         self.norms = jax.jit(norms) if rule and settings.advantage == "minimum_variance" else None
-        self.update = jax.jit(functools.partial(_update, model, optimizer, settings, whole), donate_argnums=0)
+        self.update = jax.jit(functools.partial(_update, model, optimizer, settings, whole, mesh), donate_argnums=0)
         self.whole = jax.jit(whole)
 
     def learn(self, state: State, answers: Answers, replayed: Groups | None = None):
@@ -303,12 +311,12 @@ class _Step:
             )  # fmt: skip
 
 
-def _update(model, optimizer, settings: Settings, whole, learning, base, batch: TrainBatch):
+def _update(model, optimizer, settings: Settings, whole, mesh, learning, base, batch: TrainBatch):
     """One update; one whose gradient or step is not finite changes nothing but the count of skipped ones."""
     params, master, opt_state, skipped = learning
     made, sample = estimates.estimate(
         model, params, batch, settings.objective, temperature=settings.temperature, merge=functools.partial(whole, base),
-        credit=credits.interpolated if settings.proximal == "interpolated" else None,
+        credit=credits.interpolated if settings.proximal == "interpolated" else None, mesh=mesh,
     )  # fmt: skip
     counted = (batch.counted & batch.mask.any(axis=-1)).reshape(-1)
     log_weight = sample.log_weight.reshape(-1)
@@ -319,6 +327,7 @@ def _update(model, optimizer, settings: Settings, whole, learning, base, batch: 
     *after, updates = eggroll.estimate.step(optimizer, params, master, opt_state, made)
     finite = jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
     kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), tuple(after), (params, master, opt_state))
+    kept = lay_out(mesh, *kept)
     skipped = jnp.where(finite, 0, skipped + 1)
     one = jnp.float32(1)
     # as drawn, not as the objective caps it: the effective sample size does not see a common factor

@@ -18,6 +18,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from eggroll.noise import path_name
+from eggroll.sharding import owner, ways
 
 Rules = Sequence[tuple[str, str]]
 _LOOKUP = re.compile(
@@ -187,22 +188,6 @@ def sharded(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, tx.update)
 
 
-def owner(path, own):
-    """The (keys, parameter) that a state array of this path belongs to, or None.
-
-    The array's path ends with the parameter's keys, or its last key is their name; of several the longest ("a/kernel", not
-    "kernel").
-
-    Args:
-        own: from `jax.tree_util.tree_flatten_with_path(params)[0]`.
-    """
-    return max((pair for pair in own if _belongs(path, pair[0])), key=lambda pair: len(pair[0]), default=None)
-
-
-def _belongs(path, keys) -> bool:
-    return bool(keys) and (path[-len(keys) :] == keys or path[-1:] == (jax.tree_util.DictKey(path_name(keys)),))
-
-
 def _alike(x, param):
     extra = x.ndim - param.ndim
     if extra not in (0, 1) or any(a > b for a, b in zip(x.shape[extra:], param.shape, strict=True)) or not x.size:
@@ -215,15 +200,8 @@ def _alike(x, param):
     if not isinstance(sharding, NamedSharding):
         return x
     spec = (*sharding.spec, *[None] * (param.ndim - len(sharding.spec)))
-    fits = [name if x.shape[extra + i] % _ways(sharding.mesh, name) == 0 else None for i, name in enumerate(spec)]
+    fits = [name if x.shape[extra + i] % ways(sharding.mesh, name) == 0 else None for i, name in enumerate(spec)]
     return jax.device_put(x, NamedSharding(sharding.mesh, PartitionSpec(*[None] * extra, *fits)))
-
-
-def _ways(mesh, names) -> int:
-    size = 1
-    for name in (names,) if isinstance(names, str) else names or ():
-        size *= mesh.shape[name]
-    return size
 
 
 def number(name: str, value, low: float, high: float = float("inf"), *, whole: bool = True) -> None:

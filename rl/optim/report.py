@@ -7,7 +7,7 @@ import jax
 import optax
 
 from eggroll.noise import path_name
-from rl.optim import groups
+from eggroll.sharding import owner
 
 
 class Report(NamedTuple):
@@ -53,7 +53,7 @@ def report(tx: optax.GradientTransformation, params: Any) -> Report:
         total += size
         group = _group(path)
         by_group[group] = by_group.get(group, 0) + size
-        found = groups.owner(path, own)
+        found = owner(path, own)
         if found is None or x.ndim > len(found[1].shape):
             shared += size
         else:

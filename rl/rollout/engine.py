@@ -17,8 +17,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import eggroll
+from eggroll import sharding
+from rl.mesh import SPREAD
 from rl.models.experts import id_dtype
 from rl.models.language import LanguageModel
 from rl.rollout.sampling import Sample, Sampling, sample, uniforms
@@ -42,6 +45,7 @@ class Settings:
             slots is a program more to compile, which pays for long tails alone. 0: never.
         prefill_chunk: most tokens of a prompt in one forward pass; bounds prefill memory, which grows with its square.
         record_experts: whether the experts that every token used are returned (mixtures of experts only).
+        mesh: of `rl.mesh`, over whose devices slots are divided; None: one device.
     """
 
     slots: int
@@ -54,6 +58,7 @@ class Settings:
     tail: int = 0
     prefill_chunk: int = 512
     record_experts: bool = False
+    mesh: Mesh | None = None
 
     def __post_init__(self):
         whole = lambda x: isinstance(x, int) and not isinstance(x, bool)
@@ -69,6 +74,11 @@ class Settings:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.length < 2:
             raise ValueError(f"length must hold a prompt and a completion, at least 2 tokens; got {self.length}")
+        ways = 1 if self.mesh is None else sharding.count(self.mesh, SPREAD)
+        if self.slots % ways or any(size % ways for size in self.sizes):
+            raise ValueError(
+                f"slots, and what a tail is compacted to, must divide over {ways} devices; got {self.sizes}: choose a multiple"
+            )
         for name, nothing in (("view", "the whole cache"), ("tail", "no compaction")):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 1, or 0 for {nothing}; got {getattr(self, name)}")
@@ -177,10 +187,14 @@ def init(model: LanguageModel, settings: Settings) -> State:
     if settings.record_experts and model.routed is None:
         raise ValueError("record_experts needs a mixture of experts; this model has none: set record_experts=False")
     zeros = lambda dtype: jnp.zeros(settings.slots, dtype)
-    return State(
+    empty = State(
         _empty(model, settings.slots, settings.length), zeros(jnp.int32), zeros(jnp.int32), zeros(jnp.int32), zeros(bool),
         zeros(jnp.uint32), zeros(jnp.int32) - 1,
     )  # fmt: skip
+    if settings.mesh is None:
+        return empty
+    where = NamedSharding(settings.mesh, PartitionSpec(SPREAD))
+    return jax.tree.map(lambda x: sharding.put(x, where), empty)
 
 
 def cache_bytes(model: LanguageModel, settings: Settings) -> int:
@@ -223,7 +237,7 @@ def admit(
         put(state.uid, rows.uid),
         put(state.member, rows.member),
     )
-    return state, experts
+    return _divided(settings, state), experts
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
@@ -266,7 +280,10 @@ def decode(
     _, state, (drawn, experts) = jax.lax.while_loop(going_on, body, (jnp.int32(0), state, written))
     back = lambda old, new, axis: new if axis is None else old.at[(slice(None),) * (1 + axis) + (slice(view),)].set(new)
     state = state._replace(cache=jax.tree.map(back, whole, state.cache, axes_of_length))
-    return state, Chunk(*drawn, state.position - began, state.active, experts)
+    state, chunk = _divided(settings, state), Chunk(*drawn, state.position - began, state.active, experts)
+    if settings.mesh is not None:  # for the host of every process
+        chunk = jax.lax.with_sharding_constraint(chunk, NamedSharding(settings.mesh, PartitionSpec()))
+    return state, chunk
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -281,6 +298,13 @@ def compact(state: State, slots: Array) -> State:
     """The state of fewer slots: i32 [S'], which ones, in their new order."""
     TRACES["compact"] += 1
     return jax.tree.map(lambda x: x[slots], state)
+
+
+def _divided(settings: Settings, state: State) -> State:
+    """Slots over the devices of the mesh."""
+    if settings.mesh is None:
+        return state
+    return jax.lax.with_sharding_constraint(state, NamedSharding(settings.mesh, PartitionSpec(SPREAD)))
 
 
 def _step(model: LanguageModel, settings: Settings, params, axes, state: State, u: Array):

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh
 
 import eggroll
 from eggroll.estimate import direction_weights
@@ -266,27 +265,6 @@ def test_a_nan_member_is_counted_and_the_run_goes_on():
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((after.params, metrics)))
 
 
-@pytest.mark.parametrize(
-    ("population", "devices"),
-    [(eggroll.independent(16), 8), (eggroll.crossed(64), 2), (eggroll.crossed(64), 8), (eggroll.crossed(128, 8), 8)],
-    ids=str,
-)
-def test_device_count_does_not_matter_and_work_divides(population, devices):
-    batch = rows(4000)  # enough evaluations for the work, not the noise of shared columns, to dominate
-
-    def run(mesh):
-        es = make(population, mesh=mesh)
-        state = es.init(parameters(), jax.random.key(0))
-        step = jax.jit(lambda s: (lambda f: (f, *es.update(s, f)))(es.evaluate(s, score, batch)))
-        compiled = step.lower(state).compile()
-        return compiled(state), compiled.cost_analysis()["flops"]
-
-    (alone, flops_alone), (spread, flops) = run(None), run(Mesh(np.array(jax.devices()[:devices]), ("members",)))
-    assert_trees_close(spread[0], alone[0], rtol=1e-5)
-    assert_trees_close(spread[1].params, alone[1].params, rtol=1e-5, atol=1e-6)
-    assert flops < flops_alone / devices * 1.5
-
-
 def test_compiles_once():
     es = make()
     state = es.init(parameters(), jax.random.key(0))
@@ -302,10 +280,6 @@ def test_compiles_once():
         (lambda: make(sigma=0.0), "sigma must be positive"),
         (lambda: make(rank=0), "rank must be a whole number >= 1; got 0"),
         (lambda: make(noise="cauchy"), r"\('gaussian', 'rademacher'\); got 'cauchy'"),
-        (
-            lambda: make(mesh=Mesh(np.array(jax.devices()[:8]), ("m",))),
-            "rows must divide over the devices; got 3 over 8",
-        ),
         (lambda: make(rules=(("", "frozen"),)).init(parameters(), jax.random.key(0)), "all 4 are frozen"),
         (lambda: step_with(jnp.zeros((11, 1))), r"12 members; got shape \(11, 1\)"),
         (lambda: step_with(jnp.zeros((1, 2, 3))), "12 members"),

@@ -98,13 +98,6 @@ def test_a_product_that_no_kernel_computes_is_logged(switched, caplog):
     assert any("w [1, 8], rank 1, stored factors runs as pallas_tpu" in line for line in said), said
 
 
-def test_a_mesh_that_the_compiler_divides_over_is_refused(switched):
-    mesh = Mesh(np.array(jax.devices()[:4]), ("members",))
-    es, state, batch = start(eggroll.crossed(16, blocks=4), mesh=mesh)
-    with pytest.raises(kernels.KernelError, match="the compiler divides the members over the mesh"):
-        switched("pallas_tpu", lambda: es.evaluate(state, network, batch))
-
-
 def test_kernels_inside_a_shard_map():
     """How a mesh is used with them: each device has the members of its own."""
     mesh = Mesh(np.array(jax.devices()[:4]), ("members",))

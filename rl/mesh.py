@@ -1,0 +1,200 @@
+"""Devices of a run: one mesh of four axes, where a language model's parameters lie on it, and several processes as one.
+
+* `population`: members of a population are divided over it;
+* `data`: sequences of a gradient, slots of the rollout engine, and members too;
+* `fsdp`: as `data`, and parameters and optimizer state are held in parts, put together for each step;
+* `tensor`: matrices are divided, by columns into a layer and by rows out of it, and computed with in parts.
+
+Results depend on the sizes by rounding alone, and evolution's not at all under the conditions of `eggroll.strategy`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from eggroll import sharding
+from rl.types import TrainBatch
+
+AXES = ("population", "data", "fsdp", "tensor")
+SPREAD = AXES[:3]  # what members, sequences and slots are divided over
+_VERSIONED = ("jax", "jaxlib", "eggroll-jax")
+
+# The first pattern found in a path decides; entries are of the last axes, so that stacked layers and experts have these too.
+_IN, _OUT = PartitionSpec("fsdp", "tensor"), PartitionSpec("tensor", "fsdp")
+LAYOUT = (
+    (r"(^|/)embed/embedding$", _OUT),  # [vocab, width]
+    (r"(^|/)head/kernel$", _IN),
+    (r"attention/(query|key|value)/kernel$", _IN),
+    (r"attention/out/kernel$", _OUT),
+    (r"(mlp/|experts_)(gate|up)(/kernel)?$", _IN),
+    (r"(mlp/|experts_)down(/kernel)?$", _OUT),
+    (r"(attention/(query|key|value)|mlp/(gate|up))/bias$", PartitionSpec("tensor")),
+    (r"time/(receptance|key|value)/kernel$|channel/key/kernel$", _IN),  # RWKV-7
+    (r"time/output/kernel$|channel/value/kernel$", _OUT),
+)
+
+
+def make(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh | None:
+    """The mesh of a config's sizes.
+
+    Args:
+        sizes: of the axes; one may be -1: as many as there are devices for. All 1: no mesh, one device.
+        devices: all of all processes, if None.
+
+    Returns:
+        A mesh of all four axes in the order of `AXES`, devices of one process next to each other along the last ones.
+
+    Raises:
+        ValueError: unknown axes, sizes below 1, more than one -1, sizes whose product is not the number of devices.
+    """
+    unknown = sorted(set(sizes) - set(AXES))
+    shape = [sizes.get(name, 1) for name in AXES]
+    if unknown or any(n < 1 and n != -1 for n in shape) or shape.count(-1) > 1:
+        raise ValueError(
+            f"a mesh has the axes {', '.join(AXES)}, each of a size from 1, one of them at most -1 (what is left); got "
+            f"{dict(sizes)}"
+        )
+    if shape == [1] * len(AXES):
+        return None
+    devices = jax.devices() if devices is None else devices
+    known = math.prod(n for n in shape if n > 0)
+    if -1 in shape and len(devices) % known == 0:
+        shape[shape.index(-1)] = len(devices) // known
+    if math.prod(shape) != len(devices):
+        raise ValueError(
+            f"the sizes of a mesh must multiply to the number of devices; got {dict(zip(AXES, shape, strict=True))} and "
+            f"{len(devices)} devices: change a size, or set one to -1 (for trying on a CPU, "
+            "XLA_FLAGS=--xla_force_host_platform_device_count=8 makes 8 devices)"
+        )
+    return Mesh(np.asarray(devices).reshape(shape), AXES)
+
+
+def place(mesh: Mesh | None, tree: Any, whole: bool = False) -> Any:
+    """Parameters laid out on a mesh; None: as they are.
+
+    Args:
+        tree: arrays, or what is being traced.
+        whole: put together where `fsdp` holds them in parts, as what computes needs them.
+    """
+    if mesh is None:
+        return tree
+    keep = lambda entry: None if whole and entry == "fsdp" else entry
+    layout = [(pattern, PartitionSpec(*map(keep, spec))) for pattern, spec in LAYOUT]
+    return sharding.place(mesh, layout, tree)
+
+
+def init_optimizer(mesh: Mesh | None, init: Callable[[Any], Any], params: Any) -> Any:
+    """An optimizer's first state, laid out as the parameters."""
+    return init(params) if mesh is None else sharding.init_beside(mesh, LAYOUT, init, params)
+
+
+def lay_out(mesh: Mesh | None, params: Any, master: Any, opt_state: Any) -> tuple[Any, Any, Any]:
+    """What an update returns, constrained to lie as `place` and `init_optimizer` laid it out."""
+    if mesh is None:
+        return params, master, opt_state
+    opt_state = sharding.place_beside(mesh, LAYOUT, params, opt_state)
+    return place(mesh, params), place(mesh, master), opt_state
+
+
+def over_micro_batches(mesh: Mesh | None, run: Callable, params: Any, batch: TrainBatch) -> tuple[Any, Any, Any]:
+    """Every device runs its own micro-batches, dealt out in turn; where they run out, empty ones.
+
+    Args:
+        run: (params, batch) -> (what is added over micro-batches, what is largest, what each has with leading axis M).
+        params: the same on every device.
+
+    Returns:
+        What `run` returns of the whole batch.
+    """
+    if mesh is None:
+        return run(params, batch)
+    devices, size = sharding.count(mesh, SPREAD), len(batch.ids)
+    padding = -size % devices
+
+    def deal(path, x):  # [M, ...] -> [D, M / D, ...]: micro-batch m to device m % D
+        if not jnp.ndim(x):
+            return jnp.zeros(devices, x.dtype)
+        nothing = -1 if path[0].name in ("segments", "source", "experts") else 0
+        x = jnp.pad(x, ((0, padding), *((0, 0) for _ in x.shape[1:])), constant_values=nothing)
+        return x.reshape(-1, devices, *x.shape[1:]).swapaxes(0, 1)
+
+    def own(device, params, batch, used):
+        batch = jax.tree.map(lambda x: x[0], batch)
+        # as many on every device: programs with the compiler's own exchanges, over `tensor`, must go in step
+        added, largest, each = run(params, dataclasses.replace(batch, used=-(-used // devices)))
+        each = jax.tree.map(lambda x: x[None], each)
+        return (
+            jax.tree.map(lambda x: lax.psum(x, SPREAD), added),
+            jax.tree.map(lambda x: lax.pmax(x, SPREAD), largest),
+            each,
+        )
+
+    everywhere, spread = PartitionSpec(), PartitionSpec(SPREAD)
+    mapped = sharding.per_device(own, mesh, SPREAD, (everywhere, spread, everywhere), (everywhere, everywhere, spread))
+    dealt = jax.tree_util.tree_map_with_path(deal, batch)
+    added, largest, each = mapped(params, dealt, jnp.asarray(batch.used))
+    back = lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:size]
+    each = jax.tree.map(lambda x: lax.with_sharding_constraint(back(x), NamedSharding(mesh, everywhere)), each)
+    return added, largest, each
+
+
+# -- several processes -----------------------------------------------------------------------------------------------
+
+
+def connect() -> None:
+    """Makes the processes of a launch one: call before jax looks for devices; a process alone is left as it is.
+
+    Reads JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID, or what SLURM and Open MPI
+    set for their tasks.
+
+    Raises:
+        ValueError: some of the three variables without the others.
+    """
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    given = {name: os.environ[name] for name in names if os.environ.get(name)}
+    if given and len(given) < len(names):
+        raise ValueError(
+            f"several processes need all of {', '.join(names)}; missing: {', '.join(n for n in names if n not in given)}"
+        )
+    if given:
+        jax.distributed.initialize(given[names[0]], int(given[names[1]]), int(given[names[2]]))
+    elif int(os.environ.get("SLURM_NTASKS", os.environ.get("OMPI_COMM_WORLD_SIZE", "1"))) > 1:
+        jax.distributed.initialize()
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes files."""
+    return jax.process_index() == 0
+
+
+def check_agreement(config: Mapping[str, Any]) -> None:
+    """Refuses processes that would not run the same program.
+
+    Args:
+        config: resolved, JSON values.
+
+    Raises:
+        ValueError: configs or versions differ between processes; says which processes differ from the first.
+    """
+    versions = {name: metadata.version(name) for name in _VERSIONED}
+    text = json.dumps([config, versions], sort_keys=True).encode()
+    words = np.frombuffer(hashlib.sha256(text).digest(), np.uint32)
+    every = np.asarray(multihost_utils.process_allgather(words)).reshape(-1, words.size)
+    odd = [i for i, other in enumerate(every) if not np.array_equal(other, every[0])]
+    if odd:
+        raise ValueError(
+            f"all processes must run one config and one version of {', '.join(_VERSIONED)}; those of processes {odd} differ "
+            f"from process 0's; here, in process {jax.process_index()}: {versions}"
+        )
