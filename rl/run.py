@@ -63,7 +63,7 @@ class Run:
         save_every: int,
         unit: str = "env_steps",
         show: Sequence[str] = ("fitness_mean",),
-        keep: int = 2,
+        keep: checkpoint.Keep = checkpoint.KEEP,
         logs: Sequence[str] = (),
         tensorboard: bool = False,
     ) -> None:
@@ -76,21 +76,23 @@ class Run:
           save_every: steps between checkpoints, at least 1; the last step is always saved.
           unit: what `record`'s `work` counts; becomes a cumulative column of `metrics.jsonl`.
           show: names of metrics on the progress line, in order.
-          keep: number of checkpoints kept.
+          keep: which checkpoints outlive newer ones; `best` compares a metric of the step that is saved.
           logs: names of further files, written by `log` and `append`; kept in step with the checkpoints as `metrics.jsonl` is.
           tensorboard: also write event files to `workdir/tensorboard` (extra `tensorboard`).
 
         Raises:
           RunError: a number below 1.
         """
-        for name, value in (("total_steps", total_steps), ("save_every", save_every), ("keep", keep)):
+        for name, value in (("total_steps", total_steps), ("save_every", save_every)):
             if value < 1:
                 raise RunError(f"{name} must be at least 1, not {value}")
         self.workdir = Path(workdir)
         self.total_steps, self.step, self.work, self.fallbacks = total_steps, 0, 0, 0
         self._config = config_lib.resolved(config)
         self._log_names, self._logs = tuple(logs), {}
-        self._save_every, self._unit, self._keep = save_every, unit, keep
+        self._save_every, self._unit = save_every, unit
+        self._writer = checkpoint.Writer(self.workdir / "checkpoints", keep)
+        self._values: dict[str, Any] = {}  # the metrics of the newest row
         self._tensorboard, self._events = tensorboard, None
         self._progress = progress.Progress(total_steps, unit, show)
         self._pending: collections.deque[tuple[int, int | None, Mapping[str, Any]]] = collections.deque()
@@ -124,16 +126,32 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self._drain(0)
+        try:
+            if kind is None:
+                self._drain(0)
+        finally:
+            self._close(error)
+        if kind is None and self._terminated:
+            raise SystemExit(128 + signal.SIGTERM)
+
+    def _close(self, error: BaseException | None) -> None:
+        """Waits for what is being saved, whatever else happened, and lets go of everything."""
+        try:
+            self._writer.close()
+        except Exception as failure:
+            if error is None:
+                raise
+            self._progress.say(f"warning: the last checkpoint was not written ({type(failure).__name__}: {failure})")
+        finally:
+            self._release()
+
+    def _release(self) -> None:
         self._progress.close()
         for file in (self._metrics, self._timing, *self._logs.values(), self._events, self._lock):
             if file is not None:
                 file.close()
         if self._handler is not None:
             signal.signal(signal.SIGTERM, self._handler)
-        if kind is None and self._terminated:
-            raise SystemExit(128 + signal.SIGTERM)
 
     def restore(self, state: Any) -> Any:
         """Continues from the newest usable checkpoint, or starts at step 0 with `state`.
@@ -188,7 +206,8 @@ class Run:
         Metrics are read back up to two steps later, so the device is not kept waiting; a checkpoint reads all of them.
 
         Args:
-          state: the state after the step; saved if a checkpoint is due.
+          state: the state after the step; if a checkpoint is due, a snapshot of it is taken, and written while training
+            goes on: the next step may donate it.
           metrics: deterministic scalars (jax, NumPy or Python numbers) by name. `finite_members == 0` ends the run.
           work: units done in this step (such as environment steps), a Python int.
 
@@ -196,6 +215,7 @@ class Run:
           RunError: no member of the population had a finite fitness; the checkpoints on disk stay as they are.
           ValueError: a metric is not a scalar, or is called `step` or like the unit.
           SystemExit: status 143, after saving, if SIGTERM came.
+          Exception: why an earlier checkpoint could not be written, such as a full disk.
         """
         if not self._restored:
             raise RunError("call run.restore(state) before the first run.record(...)")
@@ -211,6 +231,8 @@ class Run:
             self._save(state)
         else:
             self._drain(_AHEAD)
+        if self._terminated or self.step >= self.total_steps:
+            self._writer.wait()
         if saved and self._terminated:
             self._progress.say(f"SIGTERM: saved step {self.step}; the same command resumes")
             raise SystemExit(128 + signal.SIGTERM)
@@ -239,10 +261,8 @@ class Run:
             raise SystemExit(128 + signal.SIGTERM)
 
     def _save(self, state: Any) -> None:
+        """Hands a snapshot to the writer, together with how far the files go that belong to it."""
         self._drain(0)
-        for file in (self._metrics, self._timing, *self._logs.values()):
-            file.flush()
-            os.fsync(file.fileno())
         self._seconds = self._seconds_before + time.perf_counter() - self._started
         extra = {
             "work": self.work,
@@ -250,8 +270,9 @@ class Run:
             "timing_bytes": self._timing.tell(),
             "log_bytes": {name: file.tell() for name, file in self._logs.items()},
             "seconds": self._seconds,
+            "metrics": {name: value for name, value in self._values.items() if math.isfinite(value)},
         }
-        checkpoint.save(self.workdir / "checkpoints", self.step, state, extra, self._keep)
+        self._writer.submit(self.step, state, extra, (self._metrics, self._timing, *self._logs.values()))
 
     def _drain(self, leave: int) -> None:
         """Reads back and writes the oldest pending rows until `leave` are left."""
@@ -262,8 +283,11 @@ class Run:
             row = {"step": step} | ({} if work is None else {self._unit: work}) | values
             self._metrics.write(_line(row))
             self._metrics.flush()
+            self._values = values
             seconds = self._seconds_before + now - self._started
             timing = {"step": step, "seconds": seconds, "steps_per_second": 1.0 / max(now - self._last, 1e-9)}
+            if self._writer.blocked:
+                timing["save_blocked_seconds"] = self._writer.blocked
             if self.fallbacks:
                 timing["checkpoint_fallbacks"] = self.fallbacks
             self._timing.write(_line(timing))

@@ -1,29 +1,38 @@
-"""Save and restore a state pytree, atomically.
+"""Checkpoints on disk, atomically.
 
-A checkpoint is the folder `<directory>/<step, 10 digits>` with `arrays/` (Orbax, one entry per leaf) and `meta.json`
-(the caller's `extra` values and, per leaf, shape, dtype and CRC-32). It is written under a temporary name, flushed to
-disk and renamed, so a folder with a step's name was complete once; the checksums find what was damaged later.
+A checkpoint is the folder `<directory>/<step, 10 digits>` with `arrays/` (Orbax, uncompressed) and `meta.json`: the caller's
+`extra` values and, per leaf of the state, shape, dtype and `parts`: which array of which folder holds which block of it, with
+a CRC-32. One process writes every leaf as one block. It is written under a temporary name, flushed to disk and renamed, so
+a folder with a step's name was complete once; the checksums, which Orbax has none of, find what was damaged later.
+
+Several processes (`jax.distributed`, one shared file system) all call `save` or `Writer.submit` with the same step. Each
+writes, to a folder of its own (`arrays.1/` and so on), the blocks that it is the first to hold; process 0, which alone writes
+leaves of the host, waits for all of them and commits. They meet by files alone: a thread may not launch collectives.
 """
 
 import json
 import os
 import shutil
+import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
+from rl.checkpoint import leaves, retention
+from rl.checkpoint.leaves import CheckpointError, Row, Snapshot
+
+_FORMAT = 2
 _TEMPORARY = "writing-"
 _UNUSABLE = "unusable-"
-
-
-class CheckpointError(ValueError):
-    """A state that cannot be saved, or a checkpoint that does not fit the state it should fill."""
+_Content = tuple[dict[str, Any], dict[str, np.ndarray]]  # meta data, and the values of leaves
+_PATIENCE = 600.0  # seconds that a process waits for what the others write
 
 
 class Restored(NamedTuple):
@@ -35,174 +44,322 @@ class Restored(NamedTuple):
     skipped: tuple[str, ...]  # one line per unusable checkpoint that was set aside
 
 
-def save(directory: str | Path, step: int, state: Any, extra: Mapping[str, Any], keep: int = 2) -> None:
-    """Writes one checkpoint and deletes all but the newest `keep`.
+def save(
+    directory: str | Path, step: int, state: Any, extra: Mapping[str, Any], keep: retention.Keep = retention.KEEP
+) -> None:
+    """Writes one checkpoint, and deletes those that `keep` does not name.
 
     Args:
       directory: folder of the checkpoints of one run.
       step: number of completed steps, at least 0.
       state: pytree of jax arrays, typed PRNG keys, NumPy arrays and Python numbers.
-      extra: JSON values stored beside the state.
-      keep: number of checkpoints kept, at least 1.
+      extra: JSON values stored beside the state; numbers under `metrics` are what `keep` compares.
+      keep: which checkpoints outlive newer ones.
 
     Raises:
       CheckpointError: a leaf that cannot be stored (the message names it).
     """
+    retention.check(keep)
+    write(directory, step, leaves.view(state), extra, keep)
+
+
+def write(
+    directory: str | Path,
+    step: int,
+    snapshot: Snapshot,
+    extra: Mapping[str, Any],
+    keep: retention.Keep,
+    files: Sequence[BinaryIO] = (),
+) -> None:
+    """`save` of a snapshot, whose `files` are on disk before the checkpoint appears; reads host memory only."""
     directory = Path(directory).absolute()
     temporary, final = directory / f"{_TEMPORARY}{step:010d}", directory / f"{step:010d}"
-    arrays, leaves = {}, {}
-    for name, leaf in _named_leaves(state).items():
-        value = _to_numpy(name, leaf)
-        leaves[name] = _describe(value, leaf)
-        if value.size:  # Orbax refuses empty arrays; their shape and dtype say all there is
-            arrays[f"{len(arrays):05d}"] = value
-    _remove(temporary)
-    temporary.mkdir(parents=True)
-    if arrays:
-        ocp.PyTreeCheckpointer().save(temporary / "arrays", arrays)
-    meta = {"step": step, "extra": dict(extra), "leaves": leaves, "versions": {"jax": jax.__version__}}
-    (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
-    _flush(temporary)
-    _remove(final)
-    os.rename(temporary, final)
-    _flush_folder(directory)
-    for old in _steps(directory)[:-keep]:
-        _remove(old)
+    process, processes = jax.process_index(), jax.process_count()
+    if processes == 1:
+        _remove(temporary)
+    temporary.mkdir(parents=True, exist_ok=processes > 1)
+    parts = _write_arrays(temporary, f"arrays.{process}" if process else "arrays", snapshot)
+    for file in files:
+        os.fsync(file.fileno())
+    if process:
+        _write_json(temporary / f"parts.{process}.json", parts)
+        return _wait(lambda: not temporary.exists(), f"process 0 to commit {final}")
+    for other in range(1, processes):
+        theirs = temporary / f"parts.{other}.json"
+        _wait(theirs.exists, f"process {other} to write its part of {final}")
+        for name, blocks in json.loads(theirs.read_text()).items():
+            parts[name] += blocks
+        theirs.unlink()
+    rows = {name: row | {"parts": parts[name]} for name, row in snapshot.rows.items()}
+    meta = {"format": _FORMAT, "step": step, "saved": time.time(), "extra": dict(extra)}
+    _write_json(temporary / "meta.json", meta | {"versions": {"jax": jax.__version__}, "leaves": rows})
+    _commit(temporary, final)
+    for old in retention.doomed(list(_entries(directory)), keep):
+        _remove(directory / f"{old:010d}")
 
 
-def restore(directory: str | Path, target: Any) -> Restored:
+def restore(
+    directory: str | Path, target: Any, *, step: int | None = None, only: str = "", cast: bool = False
+) -> Restored:
     """Reads the newest usable checkpoint into the structure of `target`.
 
     A checkpoint that cannot be read, or whose checksums differ, is renamed to `unusable-<step>` and the one before it
-    is tried. Leaves come back with the dtype, weak type and PRNG implementation they were saved with, on the devices
-    of `target`'s leaves.
+    is tried. Leaves come back with the dtype, weak type and PRNG implementation they were saved with, and laid out as
+    `target`'s leaves, whatever mesh, devices or processes they were saved from.
 
     Args:
       directory: folder of the checkpoints of one run; need not exist.
-      target: a state with the structure, shapes and dtypes to expect.
+      target: a state with the structure, shapes and dtypes to expect; arrays, or `jax.ShapeDtypeStruct`, whose `sharding`
+        (None: the default device) is then followed.
+      step: the one checkpoint to read, and nothing is set aside; None for the newest usable.
+      only: the path of a part, such as ".params"; `target` is then that part, and the rest is not read.
+      cast: convert floating-point leaves to the dtype of `target`'s, instead of refusing them.
 
     Returns:
       `Restored`; `target` itself at step 0 if there is no usable checkpoint.
 
     Raises:
-      CheckpointError: a readable checkpoint has other leaves, shapes or dtypes than `target`; names every one.
+      CheckpointError: a readable checkpoint has other leaves, shapes or dtypes than `target` (names every one), or was
+        written in another format; the checkpoint asked for by `step` is damaged or absent.
     """
-    directory = Path(directory).absolute()
-    if not directory.is_dir():
-        return Restored(0, target, {}, ())
-    for leftover in directory.glob(f"{_TEMPORARY}*"):
-        _remove(leftover)
-    skipped = []
-    for folder in reversed(_steps(directory)):
-        try:
-            meta = json.loads((folder / "meta.json").read_text())
-            leaves, extra, step = meta["leaves"], meta["extra"], int(meta["step"])
-            values = _read_arrays(folder, leaves)
-        except Exception as error:  # noqa: BLE001 - Orbax and TensorStore raise many types for damaged files
-            aside = directory / f"{_UNUSABLE}{folder.name}"
-            _remove(aside)
-            os.rename(folder, aside)
-            reason = " ".join(str(error).split())[:200]
-            skipped.append(f"checkpoint {folder.name} is unusable ({type(error).__name__}: {reason}); kept as {aside}")
-            continue
-        return Restored(step, _fill(target, leaves, values, folder), extra, tuple(skipped))
-    return Restored(0, target, {}, tuple(skipped))
+    directory, skipped = Path(directory).absolute(), ()
+    if step is None:
+        found, skipped = _newest_usable(directory, only)
+    else:
+        found = _read(directory, step, only)
+    if found is None:
+        return Restored(0, target, {}, skipped)
+    meta, values = found
+    source = str(directory / f"{meta['step']:010d}")
+    state = leaves.fill(target, _part(meta, only), values, within=only, cast=cast, source=source)
+    return Restored(meta["step"], state, meta["extra"], skipped)
 
 
-def _named_leaves(state: Any) -> dict[str, Any]:
-    """Leaves by their path, such as `.params['dense']['kernel']`, in flattening order."""
-    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
+def steps(directory: str | Path) -> list[int]:
+    """The steps of which there are checkpoints, ascending; whether they are intact, `verify` says."""
+    directory = Path(directory)
+    found = directory.iterdir() if directory.is_dir() else ()
+    return sorted(int(path.name) for path in found if path.name.isdigit() and path.is_dir())
 
 
-def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+def verify(directory: str | Path, step: int, only: str = "") -> dict[str, Row]:
+    """Reads a checkpoint, checks every checksum, and returns the rows of its leaves.
+
+    Raises:
+      CheckpointError: damaged, absent, or written in another format.
+    """
+    return _part(_read(Path(directory).absolute(), step, only)[0], only)
 
 
-def _to_numpy(name: str, leaf: Any) -> np.ndarray:
-    if _is_key(leaf):
-        return np.asarray(jax.random.key_data(leaf))
-    if isinstance(leaf, jax.Array):
-        return np.asarray(leaf)
-    if isinstance(leaf, (np.ndarray, np.generic, bool, int, float)) and np.asarray(leaf).dtype != object:
-        return np.asarray(leaf)
+def export(directory: str | Path, step: int, path: str | Path, only: str = "") -> None:
+    """Writes the leaves below `only`, checked, to a safetensors file, under the rest of their paths joined by dots.
+
+    Raises:
+      CheckpointError: the checkpoint is damaged or absent, or nothing in it is called `only`.
+    """
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise CheckpointError("safetensors files need the package safetensors: pip install safetensors") from error
+    meta, values = _read(Path(directory).absolute(), step, only)
+    if not values:
+        raise CheckpointError(
+            f"the checkpoint of step {step} has no leaf below {only!r}; it has {sorted(meta['leaves'])}"
+        )
+    tensors = {_dotted(name.removeprefix(only)): np.ascontiguousarray(value) for name, value in values.items()}
+    if len(tensors) < len(values):
+        raise CheckpointError(
+            f"leaves of a file need different names, but {len(values)} have {len(tensors)} among them"
+        )
+    note = {"step": str(step), "part": only, "format": "pt"}
+    temporary = Path(f"{path}.writing")
+    safetensors.numpy.save_file(tensors, temporary, metadata=note)
+    _flush_path(temporary)
+    os.replace(temporary, path)
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def _write_arrays(temporary: Path, folder: str, snapshot: Snapshot) -> dict[str, list[Row]]:
+    """Writes the blocks that are this process's to write; returns what they are, by leaf."""
+    arrays: dict[str, np.ndarray] = {}
+    parts: dict[str, list[Row]] = {}
+    for name, value in snapshot.values.items():
+        parts[name] = []
+        for start, block in _blocks(value):
+            key = f"{len(arrays):05d}"
+            arrays[key] = block
+            place = {"array": f"{folder}/{key}", "start": start, "shape": list(block.shape)}
+            parts[name].append(place | {"crc32": _checksum(block)})
+    if arrays:
+        _orbax().save(temporary / folder, arrays)
+        _flush(temporary / folder)
+    return parts
+
+
+def _blocks(value: jax.Array | np.ndarray) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Where each block starts, and the block; nothing of an empty array, which Orbax refuses: its shape says all there is."""
+    if value.size == 0:
+        return
+    if not isinstance(value, jax.Array) or value.is_fully_addressable:
+        if jax.process_index() == 0:
+            yield [0] * value.ndim, np.asarray(value)
+        return
+    for shard in value.addressable_shards:
+        if shard.replica_id == 0:
+            yield [axis.start or 0 for axis in shard.index], np.asarray(shard.data)
+
+
+def _orbax() -> ocp.Checkpointer:
+    """Writes and reads NumPy arrays for this process alone: how processes meet is decided here, not in Orbax."""
+    alone = ocp.options.MultiprocessingOptions(primary_host=jax.process_index(), active_processes={jax.process_index()})
+    # Weights are noise to a compressor: 8 % smaller, for three times the processor time that training would need.
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
+def _commit(temporary: Path, final: Path) -> None:
+    _flush_path(temporary)
+    old = final.with_name(f"{_TEMPORARY}replaced-{final.name}")
+    if final.exists():
+        _remove(old)
+        os.rename(final, old)
+    os.rename(temporary, final)
+    _flush_path(final.parent)
+    _remove(old)
+
+
+def _checksum(block: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+
+
+def _wait(done: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + _PATIENCE
+    while not done():
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"waited {_PATIENCE:.0f} s for {what}: is it alive, and is the folder shared by all processes?"
+            )
+        time.sleep(0.01)
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def _newest_usable(directory: Path, only: str) -> tuple[_Content | None, tuple[str, ...]]:
+    """What it holds, and why others were set aside. Process 0 looks for it, and all others read the same one."""
+    found, skipped = None, []
+    if jax.process_index() == 0:
+        for leftover in directory.glob(f"{_TEMPORARY}*"):
+            shutil.rmtree(leftover)
+        for candidate in reversed(steps(directory)):
+            try:
+                found = _read(directory, candidate, only)
+                break
+            except _Damaged as error:
+                skipped.append(_set_aside(directory / f"{candidate:010d}", error))
+    if jax.process_count() > 1:
+        step = int(multihost_utils.broadcast_one_to_all(np.int32(found[0]["step"] if found else -1)))
+        if jax.process_index() and step >= 0:
+            found = _read(directory, step, only)
+    return found, tuple(skipped)
+
+
+class _Damaged(CheckpointError):
+    """A checkpoint that is there and cannot be used."""
+
+
+def _set_aside(folder: Path, error: Exception) -> str:
+    aside = folder.with_name(f"{_UNUSABLE}{folder.name}")
+    _remove(aside)
+    os.rename(folder, aside)
+    return f"{error}; kept as {aside}"
+
+
+def _read(directory: Path, step: int, only: str) -> _Content:
+    """Meta data, and the values of the leaves of a part, all checked."""
+    folder = directory / f"{step:010d}"
+    if not folder.is_dir():
+        raise CheckpointError(f"{directory} has no checkpoint of step {step}; it has {steps(directory)}")
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        written = meta.get("format", 1)
+        if written == _FORMAT:
+            return meta, _read_values(folder, _part(meta, only))
+    except Exception as error:  # noqa: BLE001 - Orbax and TensorStore raise many types for damaged files
+        reason = " ".join(str(error).split())[:200]
+        raise _Damaged(f"checkpoint {folder.name} is unusable ({type(error).__name__}: {reason})") from error
     raise CheckpointError(
-        f"a state holds arrays, PRNG keys and numbers, but state{name} is a {type(leaf).__name__}: "
-        "keep it outside the state, or turn it into an array"
+        f"{folder} is written in format {written}, this code reads {_FORMAT}: use the code that wrote it"
     )
 
 
-def _describe(value: np.ndarray, leaf: Any) -> dict[str, Any]:
-    row: dict[str, Any] = {"shape": list(value.shape), "dtype": value.dtype.name, "crc32": _checksum(value)}
-    if _is_key(leaf):
-        return row | {"kind": "key", "key": str(jax.random.key_impl(leaf))}
-    if isinstance(leaf, jax.Array):
-        return row | {"kind": "weak" if leaf.weak_type else "jax"}
-    return row | {"kind": "numpy" if isinstance(leaf, (np.ndarray, np.generic)) else "number"}
+def _part(meta: Mapping[str, Any], only: str) -> dict[str, Row]:
+    """The rows of the leaves at or below a path."""
+    below = lambda name: name.startswith(only) and name[len(only) :][:1] in ("", ".", "[")
+    return {name: row for name, row in meta["leaves"].items() if below(name)}
 
 
-def _checksum(value: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+def _read_values(folder: Path, rows: Mapping[str, Row]) -> dict[str, np.ndarray]:
+    wanted: dict[str, list[str]] = {}
+    for row in rows.values():
+        for part in row["parts"]:
+            place, key = part["array"].split("/")
+            wanted.setdefault(place, []).append(key)
+    stored = {place: _read_arrays(folder / place, keys) for place, keys in wanted.items()}
+    return {name: _assembled(name, row, stored) for name, row in rows.items()}
 
 
-def _read_arrays(folder: Path, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    filled = [name for name, row in leaves.items() if 0 not in row["shape"]]
-    arrays = ocp.PyTreeCheckpointer().restore(folder / "arrays") if filled else {}
-    if len(arrays) != len(filled):
-        raise OSError(f"{len(filled)} arrays expected, {len(arrays)} found")
-    stored = dict(zip(filled, (np.asarray(arrays[key]) for key in sorted(arrays)), strict=True))
-    values = {}
-    for name, row in leaves.items():
-        value = stored[name] if name in stored else np.zeros(row["shape"], jnp.dtype(row["dtype"]))
-        if [*value.shape] != row["shape"] or value.dtype.name != row["dtype"] or _checksum(value) != row["crc32"]:
+def _read_arrays(folder: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
+    how = dict.fromkeys(keys, ocp.RestoreArgs(restore_type=np.ndarray))
+    arguments = ocp.args.PyTreeRestore(item=dict.fromkeys(keys, 0), restore_args=how, partial_restore=True)
+    return _orbax().restore(folder, args=arguments)
+
+
+def _assembled(name: str, row: Row, stored: Mapping[str, Mapping[str, np.ndarray]]) -> np.ndarray:
+    """The leaf from its blocks, each of them checked, and all of it covered."""
+    dtype, shape, covered, whole = jnp.dtype(row["dtype"]), tuple(row["shape"]), 0, None
+    for part in row["parts"]:
+        place, key = part["array"].split("/")
+        block = np.asarray(stored[place][key])
+        if [*block.shape] != part["shape"] or block.dtype != dtype or _checksum(block) != part["crc32"]:
             raise OSError(f"checksum of {name} differs")
-        values[name] = value
-    return values
+        covered += block.size
+        if block.shape == shape:
+            whole = block
+        else:
+            whole = np.empty(shape, dtype) if whole is None else whole
+            whole[tuple(slice(at, at + n) for at, n in zip(part["start"], block.shape, strict=True))] = block
+    if covered != int(np.prod(shape)):
+        raise OSError(f"{name} has {int(np.prod(shape))} elements, {covered} are there")
+    return np.zeros(shape, dtype) if whole is None else whole
 
 
-def _fill(target: Any, leaves: Mapping[str, Any], values: Mapping[str, np.ndarray], folder: Path) -> Any:
-    wanted = _named_leaves(target)
-    problems = [f"  {name}: in the checkpoint only" for name in leaves if name not in wanted]
-    for name, leaf in wanted.items():
-        if name not in leaves:
-            problems.append(f"  {name}: not in the checkpoint")
-            continue
-        row, expected = leaves[name], _describe(_to_numpy(name, leaf), leaf)
-        for field in ("shape", "dtype", "key"):
-            if row.get(field) != expected.get(field) and not (field == "dtype" and _same_number(row, expected)):
-                problems.append(f"  {name}: {field} {row.get(field)} in the checkpoint, {expected.get(field)} here")
-    if problems:
-        raise CheckpointError(
-            f"a checkpoint fits only the state it was saved from, but {folder} differs:\n"
-            + "\n".join(problems)
-            + "\nresume with the code that wrote it, or use another --workdir"
-        )
-    filled = [_from_numpy(values[name], leaves[name], leaf) for name, leaf in wanted.items()]
-    return jax.tree.unflatten(jax.tree.structure(target), filled)
+def _entries(directory: Path) -> Iterator[retention.Entry]:
+    """What the rules of retention look at; a damaged checkpoint has no metrics, and is found out by `restore`."""
+    for step in steps(directory):
+        try:
+            meta = json.loads((directory / f"{step:010d}" / "meta.json").read_text())
+            yield retention.Entry(step, float(meta["saved"]), dict(meta["extra"].get("metrics", {})))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            yield retention.Entry(step, 0.0, {})
 
 
-def _same_number(row: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
-    """Whether both are of one kind and one has no dtype of its own: a Python number is weakly typed after a jit."""
-    loose = {"weak", "number"} & {row["kind"], expected["kind"]}
-    return bool(loose) and jnp.dtype(row["dtype"]).kind == jnp.dtype(expected["dtype"]).kind
+def _dotted(name: str) -> str:
+    """`['layer']['kernel'].value[0]` as `layer.kernel.value.0`."""
+    return name.replace("']['", ".").replace("']", "").replace("['", ".").replace("[", ".").replace("]", "").strip(".")
 
 
-def _from_numpy(value: np.ndarray, row: Mapping[str, Any], leaf: Any) -> Any:
-    """The leaf as it was saved; `leaf`, its counterpart in the target, says on which devices."""
-    if row["kind"] == "number":
-        return value.item()
-    if row["kind"] == "numpy":
-        return value if value.ndim else value[()]
-    array = jnp.array(value)  # a copy: the state may be donated
-    if row["kind"] == "weak":
-        array = jnp.broadcast_to(jnp.asarray(value.dtype.type(0).item()), value.shape).at[...].set(array)
-    if row["kind"] == "key":
-        array = jax.random.wrap_key_data(array, impl=row["key"])
-    # A committed copy of an uncommitted leaf would pin later computations to one device.
-    return jax.device_put(array, leaf.sharding) if isinstance(leaf, jax.Array) and leaf.committed else array
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
-def _steps(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.iterdir() if path.name.isdigit() and path.is_dir())
+def _write_json(path: Path, content: Any) -> None:
+    """Complete as soon as it has its name: another process may be waiting for it."""
+    temporary = path.with_suffix(".writing")
+    temporary.write_text(json.dumps(content))
+    _flush_path(temporary)
+    os.rename(temporary, path)
 
 
 def _remove(path: Path) -> None:
@@ -216,15 +373,14 @@ def _remove(path: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    for root, _, files in os.walk(folder):
-        for name in files:
-            with open(os.path.join(root, name), "rb") as file:
-                os.fsync(file.fileno())
-        _flush_folder(Path(root))
+    for root, _, names in os.walk(folder):
+        for name in names:
+            _flush_path(Path(root, name))
+        _flush_path(Path(root))
 
 
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _flush_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

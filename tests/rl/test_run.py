@@ -297,7 +297,7 @@ def test_sigterm_before_the_first_step_ends_at_once(tmp_path):
     assert small_run(tmp_path)[1].step == 6
 
 
-@pytest.mark.parametrize("name", ["total_steps", "save_every", "keep"])
+@pytest.mark.parametrize("name", ["total_steps", "save_every"])
 def test_numbers_below_one_are_refused(tmp_path, name):
     with pytest.raises(RunError, match=f"{name} must be at least 1, not 0"):
         Run(tmp_path, {}, **{"total_steps": 1, "save_every": 1, name: 0})
