@@ -36,7 +36,9 @@ class Learner(NamedTuple):
     actor: Callable[[Any], Any]  # state -> parameters of the policy
     policy: Policy
     show: tuple[str, ...]  # metrics on the progress line
-    update: Callable[[Any, evolution.Generation], tuple[Any, dict[str, jax.Array]]] | None = None  # the part a replay repeats
+    update: Callable[[Any, evolution.Generation], tuple[Any, dict[str, jax.Array]]] | None = (
+        None  # the part a replay repeats
+    )
 
 
 def make_learner(config: ml_collections.ConfigDict, env: envs.Env) -> Learner:

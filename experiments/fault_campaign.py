@@ -48,13 +48,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 _SCRIPT, _CONFIG = "experiments.victim", "experiments/victim.py"
 _POLL = 0.0005  # seconds between two looks at a folder
 _LONGEST = 120.0  # seconds that one process may take
 _RESUMED = re.compile(r"resumed .* at step (\d+) of")
-_UNUSABLE = "unusable"
+_PROMISED = re.compile(r"SIGTERM: saved step (\d+)")
+_UNUSABLE, _FULL = "unusable", "File too large"
 
 
 class CampaignError(RuntimeError):
@@ -174,71 +175,81 @@ def final_of(folder: Path) -> dict[str, Any]:
 
 
 # -- faults ----------------------------------------------------------------------------------------------------------
-# Each harms a run that is to be started in a folder, and returns (what it did, all that was printed). `rng` draws.
+# Each starts a run in a folder and harms it; `rng` draws when and how.
+
+
+class Harm(NamedTuple):
+    """What was done to a run."""
+
+    did: str
+    output: str  # what the run had printed until then
+    damaged: int | None = None  # step whose checkpoint is damaged, and still there
 
 
 def _kill_after(low: Callable[[Victim], float], high: Callable[[Victim], float], number: int = signal.SIGKILL):
-    def fault(victim: Victim, folder: Path, rng: random.Random) -> tuple[str, str]:
+    def fault(victim: Victim, folder: Path, rng: random.Random) -> Harm:
         delay = rng.uniform(low(victim), high(victim))
         job = victim.start(folder)
         until(lambda: False, job, delay)
         code, output = job.kill(number)
-        return f"after {delay:.3f} s (status {code})", output
+        return Harm(f"after {delay:.3f} s (status {code})", output)
 
     return fault
 
 
-def _kill_save(victim: Victim, folder: Path, rng: random.Random) -> tuple[str, str]:
+def _kill_save(victim: Victim, folder: Path, rng: random.Random) -> Harm:
     count, delay = rng.randrange(victim.saves), rng.uniform(0, victim.saving)
     job = victim.start(folder)
     until(lambda: len(committed(folder)) and committed(folder)[-1] >= count or not count, job, None)
     until(lambda: unfinished(folder), job, None)
     until(lambda: False, job, delay)
     _, output = job.kill()
-    return f"{1000 * delay:.1f} ms into the save after step {count}", output
+    return Harm(f"{1000 * delay:.1f} ms into the save after step {count}", output)
 
 
-def _kill_commit(victim: Victim, folder: Path, rng: random.Random) -> tuple[str, str]:
+def _kill_commit(victim: Victim, folder: Path, rng: random.Random) -> Harm:
     step, delay = rng.randint(1, victim.saves), rng.choice((0, 0, rng.uniform(0, 0.02)))
     job = victim.start(folder)
     until(lambda: (committed(folder) or [0])[-1] >= step, job, None)
     until(lambda: False, job, delay)
     _, output = job.kill()
-    return f"{1000 * delay:.1f} ms after checkpoint {step} got its name", output
+    return Harm(f"{1000 * delay:.1f} ms after checkpoint {step} got its name", output)
 
 
-def _kill_restore(victim: Victim, folder: Path, rng: random.Random) -> tuple[str, str]:
-    did, _ = _kill_at_checkpoint(victim, folder, rng, least=1)
+def _kill_restore(victim: Victim, folder: Path, rng: random.Random) -> Harm:
+    harm = _kill_at_checkpoint(victim, folder, rng, least=1)
     before, delay = committed(folder)[-1], rng.uniform(0, victim.first)
     job = victim.start(folder)
     until(lambda: committed(folder)[-1] > before, job, delay)
     _, output = job.kill()
-    return f"{did}, then {delay:.3f} s into resuming", output
+    return Harm(f"{harm.did}, then {delay:.3f} s into resuming", output)
 
 
-def _kill_at_checkpoint(victim: Victim, folder: Path, rng: random.Random, least: int) -> tuple[str, str]:
+def _kill_at_checkpoint(victim: Victim, folder: Path, rng: random.Random, least: int) -> Harm:
     step, delay = rng.randint(least, max(least, victim.saves - 1)), rng.uniform(0, victim.saving)
     job = victim.start(folder)
     until(lambda: (committed(folder) or [0])[-1] >= step, job, None)
     until(lambda: False, job, delay)
     _, output = job.kill()
-    return f"killed {1000 * delay:.1f} ms after step {step} was saved", output
+    return Harm(f"killed {1000 * delay:.1f} ms after step {step} was saved", output)
 
 
-def _full_disk(victim: Victim, folder: Path, rng: random.Random) -> tuple[str, str]:
+def _full_disk(victim: Victim, folder: Path, rng: random.Random) -> Harm:
     delay, size = rng.uniform(0, victim.whole), int(10 ** rng.uniform(0, 3.7))
     job = victim.start(folder)
     until(lambda: False, job, delay)
     with contextlib.suppress(ProcessLookupError):
         resource.prlimit(job.pid, resource.RLIMIT_FSIZE, (size, size))
     code, output = job.wait()
-    return f"files of at most {size} bytes from {delay:.3f} s on (status {code})", output
+    return Harm(f"files of at most {size} bytes from {delay:.3f} s on (status {code})", output)
 
 
-def _damage(harm: Callable[[Path, random.Random], str]):
-    def fault(victim: Victim, folder: Path, rng: random.Random) -> tuple[str, str]:
-        did, output = _kill_at_checkpoint(victim, folder, rng, least=2)
-        return f"{did}; {harm(checkpoint_of(folder, committed(folder)[-1]), rng)}", output
+def _damage(spoil: Callable[[Path, random.Random], str]):
+    def fault(victim: Victim, folder: Path, rng: random.Random) -> Harm:
+        harm = _kill_at_checkpoint(victim, folder, rng, least=2)
+        newest = committed(folder)[-1]
+        what = spoil(checkpoint_of(folder, newest), rng)
+        return Harm(f"{harm.did}; {what}", harm.output, newest if newest in committed(folder) else None)
 
     return fault
 
@@ -292,7 +303,6 @@ FAULTS = {
     "deleted_file": _damage(_delete_file),
     "deleted_folder": _damage(_delete_folder),
 }
-DAMAGE = ("truncated", "flipped", "deleted_file", "deleted_folder")
 
 
 # -- cases -----------------------------------------------------------------------------------------------------------
@@ -301,24 +311,19 @@ DAMAGE = ("truncated", "flipped", "deleted_file", "deleted_folder")
 def case(victim: Victim, kind: str, folder: Path, seed: int) -> dict[str, Any]:
     """Harms one run and resumes it; what came of it, as JSON values."""
     began = time.perf_counter()
-    did, harmed = FAULTS[kind](victim, folder, random.Random(seed))
-    there = committed(folder)
-    # A deleted folder that was a whole checkpoint is no longer there; any other damage is to the newest that is.
-    hurt = there[-1] if kind in DAMAGE and there and f"folder {there[-1] + 1:010d} deleted" not in did else None
-    if kind == "deleted_folder" and hurt is not None and re.search(r"folder \d{10} deleted", did):
-        hurt = None
+    harm = FAULTS[kind](victim, folder, random.Random(seed))
+    intact = [step for step in committed(folder) if step != harm.damaged]
+    newest = max([0, *intact, *map(int, _PROMISED.findall(harm.output))])
     code, output = victim.start(folder).wait()
-    resumed = int(found.group(1)) if (found := _RESUMED.search(output)) else 0
-    named = _UNUSABLE in output
-    intact = [step for step in there if step != hurt]
-    newest = intact[-1] if intact else 0
-    harmless = hurt is not None and not named and resumed == hurt
+    resumed = max([0, *map(int, _RESUMED.findall(output))])
+    named = _UNUSABLE in output or _FULL in harm.output
+    harmless = harm.damaged is not None and not named and resumed == harm.damaged
     final = final_of(folder) if code == 0 else {}
     different = [name for name in victim.final | final if victim.final.get(name) != final.get(name)]
     return {
         "kind": kind,
         "seed": seed,
-        "did": did,
+        "did": harm.did,
         "status": code,
         "newest": newest,
         "resumed": resumed,
@@ -330,7 +335,7 @@ def case(victim: Victim, kind: str, folder: Path, seed: int) -> dict[str, Any]:
         "harmless": harmless,
         "silent": bool(different) and code == 0 and not named,
         "seconds": round(time.perf_counter() - began, 2),
-        "output": "" if code == 0 and not different else (harmed + output)[-3000:],
+        "output": "" if code == 0 and not different else (harm.output + output)[-3000:],
     }
 
 
@@ -350,7 +355,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 {
                     "fault": kind, "runs": len(of), "resumed_from_newest_intact": count("in_place"),
                     "bit_equal": count("bit_equal"), "lost_steps": sum(row["lost"] for row in of),
-                    "damage_named": count("named"), "damage_harmless": count("harmless"), "silent": count("silent"),
+                    "fault_named": count("named"), "damage_harmless": count("harmless"), "silent": count("silent"),
                 }
             )  # fmt: skip
     return lines
@@ -372,7 +377,9 @@ def unharmed(script: str, argv: Sequence[str], folder: Path) -> Victim:
     command = [sys.executable, "-m", script, *argv, f"--workdir={folder / 'whole'}"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=10 * _LONGEST)
     if ended.returncode:
-        raise CampaignError(f"the unharmed run must succeed, but {' '.join(command)} ended with:\n{ended.stderr[-3000:]}")
+        raise CampaignError(
+            f"the unharmed run must succeed, but {' '.join(command)} ended with:\n{ended.stderr[-3000:]}"
+        )
     victim = Victim(importlib.import_module(script).main, (script, *argv))
     importlib.import_module("orbax.checkpoint")
     final = final_of(folder / "whole")
@@ -388,7 +395,9 @@ def unharmed(script: str, argv: Sequence[str], folder: Path) -> Victim:
                 times.append(time.perf_counter() - job.began)
             time.sleep(_POLL)
         if job.wait()[0] or final_of(folder / name) != final:
-            raise CampaignError(f"the run must do the same every time, but {folder / name} differs from {folder / 'whole'}")
+            raise CampaignError(
+                f"the run must do the same every time, but {folder / name} differs from {folder / 'whole'}"
+            )
     count = final["checkpoints"][-1] if final["checkpoints"] else 0
     first, last = times[0], times[-1]
     return dataclasses.replace(
@@ -423,11 +432,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     rest = rest if any(option.startswith("--config=") for option in rest) else [f"--config={_CONFIG}", *rest]
     folder, began = Path(tempfile.mkdtemp(prefix="fault_campaign-")), time.perf_counter()
     # A cache of its own, which the unharmed run fills; the environment is read when jax is imported.
-    os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     try:
         victim = unharmed(arguments.script, rest, folder)
         print(
-            f"unharmed: first checkpoint after {victim.first:.2f} s, {victim.saves} steps in {victim.whole:.2f} s", flush=True
+            f"unharmed: first checkpoint after {victim.first:.2f} s, {victim.saves} steps in {victim.whole:.2f} s",
+            flush=True,
         )
         rows = []
         for row in campaign(victim, arguments.runs, arguments.seed, folder):

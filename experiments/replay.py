@@ -135,7 +135,9 @@ def difference(rebuilt: Any, saved: Any) -> str:
         ours, theirs = _numbers(ours), _numbers(theirs)
         name = jax.tree_util.keystr(path)
         if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
-            return f"{name}: {ours.dtype}{list(ours.shape)} rebuilt, {theirs.dtype}{list(theirs.shape)} in the checkpoint"
+            return (
+                f"{name}: {ours.dtype}{list(ours.shape)} rebuilt, {theirs.dtype}{list(theirs.shape)} in the checkpoint"
+            )
         bits = lambda x: np.ascontiguousarray(x).reshape(-1, 1).view(np.uint8)
         unequal = (bits(ours) != bits(theirs)).any(axis=1) if ours.size else np.zeros(0, bool)
         if unequal.any():
@@ -171,7 +173,9 @@ def replay(run: Path, step: int | None) -> int:
         f"{size / members:.1f} a member"
     )
     if step not in saved:
-        print(f"not compared: there is no checkpoint of step {step}; there is one of {', '.join(map(str, saved)) or 'none'}")
+        print(
+            f"not compared: there is no checkpoint of step {step}; there is one of {', '.join(map(str, saved)) or 'none'}"
+        )
         return 0
     different = difference(state, start.part(load(run, step, start.state)))
     leaves = len(jax.tree.leaves(state))
@@ -186,7 +190,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="a job's --workdir")
     parser.add_argument("--step", type=int, help="by default the newest that has a checkpoint")
-    parser.add_argument("--kernels", default="auto", choices=IMPLEMENTATIONS, help="as the job ran; they differ in rounding")
+    parser.add_argument(
+        "--kernels", default="auto", choices=IMPLEMENTATIONS, help="as the job ran; they differ in rounding"
+    )
     arguments = parser.parse_args(argv)
     kernels.use(arguments.kernels)
     try:

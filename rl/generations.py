@@ -27,7 +27,9 @@ class LogError(ValueError):
     """A log that does not hold, whole and in order, the generations asked of it."""
 
 
-def cut(es: eggroll.Strategy) -> tuple[Callable[[Any], tuple[jax.Array, dict]], Callable[..., tuple[eggroll.State, dict]]]:
+def cut(
+    es: eggroll.Strategy,
+) -> tuple[Callable[[Any], tuple[jax.Array, dict]], Callable[..., tuple[eggroll.State, dict]]]:
     """`es.update` in two, so that a replay can run the very program that the run itself ran.
 
     Returns:

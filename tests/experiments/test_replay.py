@@ -91,7 +91,11 @@ def test_another_fitness_or_state_is_a_difference(run, capsys):
 
     edit(run, one_more)
     code, out, _ = replayed(capsys, run, "--step=4")
-    assert code == 1 and "different: .es.params['params']['MLP_0']['Dense_0']['bias'][0]: " in out and "elements differ)" in out
+    assert (
+        code == 1
+        and "different: .es.params['params']['MLP_0']['Dense_0']['bias'][0]: " in out
+        and "elements differ)" in out
+    )
 
 
 def test_what_cannot_be_rebuilt_is_one_error(run, tmp_path, capsys):
@@ -130,7 +134,9 @@ def test_a_language_model_is_rebuilt_from_its_warm_start(tmp_path, capsys):
     code, out, _ = replayed(capsys, tmp_path / "run")
     assert code == 0 and "rebuilt step 3" in out and "6.0 a member" in out and "bit for bit" in out
     start = replay.start_of(tmp_path / "run", config)
-    moved = [not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, _weights(tmp_path / "run", start)), strict=True)]
+    moved = [
+        not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, _weights(tmp_path / "run", start)), strict=True)
+    ]
     assert all(moved)
     shutil.rmtree(tmp_path / "run" / "warm_start")
     code, _, error = replayed(capsys, tmp_path / "run")
