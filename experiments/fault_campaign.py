@@ -405,10 +405,12 @@ def unharmed(script: str, argv: Sequence[str], folder: Path) -> Victim:
     )
 
 
-def campaign(victim: Victim, runs: int, seed: int, folder: Path) -> Iterator[dict[str, Any]]:
-    """The cases, one at a time, every kind in turn."""
+def campaign(
+    victim: Victim, runs: int, seed: int, folder: Path, faults: Sequence[str] = tuple(FAULTS)
+) -> Iterator[dict[str, Any]]:
+    """The cases, one at a time, every kind of fault in turn."""
     for number in range(runs):
-        kind = list(FAULTS)[number % len(FAULTS)]
+        kind = faults[number % len(faults)]
         place = folder / f"case{number:04d}"
         row = case(victim, kind, place, 1_000_003 * seed + number)
         if well(row):
@@ -424,11 +426,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="of the faults")
+    parser.add_argument("--faults", default=",".join(FAULTS), help="kinds, with commas between them; by default all")
     parser.add_argument("--script", default=_SCRIPT, help="a module with main(argv); its own options follow")
     parser.add_argument("--out", type=Path, help="the table and the cases that are not well, as JSON")
     arguments, rest = parser.parse_known_args(argv)
     if arguments.runs < 1:
         parser.error(f"--runs must be at least 1; got {arguments.runs}")
+    faults = arguments.faults.split(",")
+    if unknown := set(faults) - FAULTS.keys():
+        parser.error(f"--faults knows {', '.join(FAULTS)}; got {', '.join(sorted(unknown))}")
     rest = rest if any(option.startswith("--config=") for option in rest) else [f"--config={_CONFIG}", *rest]
     folder, began = Path(tempfile.mkdtemp(prefix="fault_campaign-")), time.perf_counter()
     # A cache of its own, which the unharmed run fills; the environment is read when jax is imported.
@@ -443,7 +449,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             flush=True,
         )
         rows = []
-        for row in campaign(victim, arguments.runs, arguments.seed, folder):
+        for row in campaign(victim, arguments.runs, arguments.seed, folder, faults):
             rows.append(row)
             verdict = "well" if well(row) else f"NOT WELL, kept: {folder}"
             print(

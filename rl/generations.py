@@ -86,8 +86,8 @@ def read(path: str | Path, like: Any) -> Iterator[Any]:
                 )
             if generation != expected:
                 raise LogError(
-                    f"{where}: generation {generation} stands where {expected} should: the log has a gap, and no later step can "
-                    "be rebuilt. A run that was started by a version without this log has one"
+                    f"{where}: generation {generation} stands where {expected} should: the log has a gap, and no later step "
+                    "can be rebuilt. A run that was started by a version without this log has one"
                 )
             yield _unpack(record[_HEAD.size : -_CRC.size], like)
             expected += 1
