@@ -45,8 +45,16 @@ compared are compiled, warmed up, and then timed in turn, round after round; a v
   by a large plain product and a copy measured in the same run, could do the operations and move the bytes of the definition,
   whichever takes longer, over the kernel's time (`roofline_over_reference` where there is no kernel for the device);
   `reference_over_kernel`: its plain-JAX twin; `plain_over_kernel`: a plain product of the same rows without a population.
+
+`checkpoint`:
+
+* checkpoint, `saving_over_plain`: seconds of a step when its state, which the next one donates, is saved after every one, over
+  those without saving: by the writer, by a blocking save (both with checksums and flushed to disk), and by Orbax's own
+  asynchronous checkpointer (neither). `blocked_seconds`: of the call; `durable_seconds`: until the checkpoint is on disk, with
+  nothing computed meanwhile; `copy_seconds`: of one copy of the state, which none can do without. `restore_over_orbax`:
+  reading, checking and placing it, over Orbax's reading of the same arrays.
 """
 
-from experiments.bench import evolution, gradient, kernels, language, optimizers
+from experiments.bench import checkpoint, evolution, gradient, kernels, language, optimizers
 
-CASES = evolution.CASES | language.CASES | gradient.CASES | optimizers.CASES | kernels.CASES
+CASES = evolution.CASES | language.CASES | gradient.CASES | optimizers.CASES | kernels.CASES | checkpoint.CASES

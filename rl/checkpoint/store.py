@@ -1,16 +1,17 @@
 """Checkpoints on disk, atomically.
 
 A checkpoint is the folder `<directory>/<step, 10 digits>` with `arrays/` (Orbax, uncompressed) and `meta.json`: the caller's
-`extra` values and, per leaf of the state, shape, dtype and `parts`: which array of which folder holds which block of it, with
-a CRC-32. One process writes every leaf as one block. It is written under a temporary name, flushed to disk and renamed, so
-a folder with a step's name was complete once; the checksums, which Orbax has none of, find what was damaged later.
+`extra` values and, per leaf of the state, shape, dtype, the name of its array, and a CRC-32 of each of its `blocks`: one
+process writes a leaf as one block. It is written under a temporary name, flushed to disk and renamed, so a folder with a
+step's name was complete once; the checksums, which Orbax has none of, find what was damaged later.
 
-Several processes (`jax.distributed`, one shared file system) all call `save` or `Writer.submit` with the same step. Each
-writes, to a folder of its own (`arrays.1/` and so on), the blocks that it is the first to hold; process 0, which alone writes
-leaves of the host, waits for all of them and commits. They meet by files alone: a thread may not launch collectives.
+Several processes (`jax.distributed`, one shared file system) all call `save` or `Writer.submit` with the same step. Through
+Orbax each writes the blocks that it is the first to hold; process 0, which alone writes leaves of the host, commits when it has
+everybody's checksums. They meet at barriers of the coordinator and at files, never in a collective: a thread runs none.
 """
 
 import json
+import math
 import os
 import shutil
 import time
@@ -74,23 +75,22 @@ def write(
     """`save` of a snapshot, whose `files` are on disk before the checkpoint appears; reads host memory only."""
     directory = Path(directory).absolute()
     temporary, final = directory / f"{_TEMPORARY}{step:010d}", directory / f"{step:010d}"
-    process, processes = jax.process_index(), jax.process_count()
-    if processes == 1:
+    if jax.process_index() == 0:
         _remove(temporary)
-    temporary.mkdir(parents=True, exist_ok=processes > 1)
-    parts = _write_arrays(temporary, f"arrays.{process}" if process else "arrays", snapshot)
+        temporary.mkdir(parents=True)
+    arrays, rows = _described(snapshot)
+    if arrays:
+        _orbax(range(jax.process_count())).save(temporary / "arrays", arrays)
+        _flush(temporary / "arrays")
     for file in files:
         os.fsync(file.fileno())
-    if process:
-        _write_json(temporary / f"parts.{process}.json", parts)
+    if jax.process_index():
+        _write_json(
+            temporary / f"blocks.{jax.process_index()}.json", {name: row["blocks"] for name, row in rows.items()}
+        )
         return _wait(lambda: not temporary.exists(), f"process 0 to commit {final}")
-    for other in range(1, processes):
-        theirs = temporary / f"parts.{other}.json"
-        _wait(theirs.exists, f"process {other} to write its part of {final}")
-        for name, blocks in json.loads(theirs.read_text()).items():
-            parts[name] += blocks
-        theirs.unlink()
-    rows = {name: row | {"parts": parts[name]} for name, row in snapshot.rows.items()}
+    for other in range(1, jax.process_count()):
+        _gather(temporary / f"blocks.{other}.json", rows)
     meta = {"format": _FORMAT, "step": step, "saved": time.time(), "extra": dict(extra)}
     _write_json(temporary / "meta.json", meta | {"versions": {"jax": jax.__version__}, "leaves": rows})
     _commit(temporary, final)
@@ -181,42 +181,50 @@ def export(directory: str | Path, step: int, path: str | Path, only: str = "") -
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def _write_arrays(temporary: Path, folder: str, snapshot: Snapshot) -> dict[str, list[Row]]:
-    """Writes the blocks that are this process's to write; returns what they are, by leaf."""
-    arrays: dict[str, np.ndarray] = {}
-    parts: dict[str, list[Row]] = {}
+def _described(snapshot: Snapshot) -> tuple[dict[str, jax.Array | np.ndarray], dict[str, Row]]:
+    """What Orbax gets to write, and the rows with the checksums of what this process contributes."""
+    arrays: dict[str, jax.Array | np.ndarray] = {}
+    rows: dict[str, Row] = {}
     for name, value in snapshot.values.items():
-        parts[name] = []
-        for start, block in _blocks(value):
-            key = f"{len(arrays):05d}"
-            arrays[key] = block
-            place = {"array": f"{folder}/{key}", "start": start, "shape": list(block.shape)}
-            parts[name].append(place | {"crc32": _checksum(block)})
-    if arrays:
-        _orbax().save(temporary / folder, arrays)
-        _flush(temporary / folder)
-    return parts
+        rows[name] = snapshot.rows[name] | {"array": f"{len(arrays):05d}", "blocks": []}
+        if value.size == 0:  # Orbax refuses empty arrays; their shape and dtype say all there is
+            continue
+        spread = isinstance(value, jax.Array) and not value.is_fully_addressable
+        arrays[rows[name]["array"]] = value if spread else np.asarray(value)
+        for start, block in _blocks(value) if spread else [([0] * value.ndim, np.asarray(value))]:
+            if spread or jax.process_index() == 0:
+                rows[name]["blocks"].append({"start": start, "shape": list(block.shape), "crc32": _checksum(block)})
+    return arrays, rows
 
 
-def _blocks(value: jax.Array | np.ndarray) -> Iterator[tuple[list[int], np.ndarray]]:
-    """Where each block starts, and the block; nothing of an empty array, which Orbax refuses: its shape says all there is."""
-    if value.size == 0:
-        return
-    if not isinstance(value, jax.Array) or value.is_fully_addressable:
-        if jax.process_index() == 0:
-            yield [0] * value.ndim, np.asarray(value)
-        return
+def _blocks(value: jax.Array) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Where each block of an array of several processes starts that is this one's to write, and the block."""
     for shard in value.addressable_shards:
         if shard.replica_id == 0:
             yield [axis.start or 0 for axis in shard.index], np.asarray(shard.data)
 
 
-def _orbax() -> ocp.Checkpointer:
-    """Writes and reads NumPy arrays for this process alone: how processes meet is decided here, not in Orbax."""
-    alone = ocp.options.MultiprocessingOptions(primary_host=jax.process_index(), active_processes={jax.process_index()})
+def _gather(path: Path, rows: Mapping[str, Row]) -> None:
+    """Adds what another process has written to the rows."""
+    _wait(path.exists, f"another process to write {path}")
+    for name, blocks in json.loads(path.read_text()).items():
+        rows[name]["blocks"] += blocks
+    path.unlink()
+
+
+def _orbax(processes: Sequence[int]) -> ocp.Checkpointer:
+    """One that meets the given processes, naming them, which makes it use the coordinator instead of collectives."""
+    meeting = ocp.options.MultiprocessingOptions(primary_host=processes[0], active_processes=set(processes))
+    # Nothing changes a snapshot, so Orbax need not copy it again, nor cut replicas up, which it would compute on devices.
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+        (jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False)),
+    )
     # Weights are noise to a compressor: 8 % smaller, for three times the processor time that training would need.
-    handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=alone)
-    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+    handler = ocp.PyTreeCheckpointHandler(
+        use_compression=False, multiprocessing_options=meeting, type_handler_registry=registry
+    )
+    return ocp.Checkpointer(handler, multiprocessing_options=meeting)
 
 
 def _commit(temporary: Path, final: Path) -> None:
@@ -302,38 +310,24 @@ def _part(meta: Mapping[str, Any], only: str) -> dict[str, Row]:
 
 
 def _read_values(folder: Path, rows: Mapping[str, Row]) -> dict[str, np.ndarray]:
-    wanted: dict[str, list[str]] = {}
-    for row in rows.values():
-        for part in row["parts"]:
-            place, key = part["array"].split("/")
-            wanted.setdefault(place, []).append(key)
-    stored = {place: _read_arrays(folder / place, keys) for place, keys in wanted.items()}
-    return {name: _assembled(name, row, stored) for name, row in rows.items()}
-
-
-def _read_arrays(folder: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
+    """The leaves, of which every block is checked and no element is missing."""
+    keys = [row["array"] for row in rows.values() if row["blocks"]]
     how = dict.fromkeys(keys, ocp.RestoreArgs(restore_type=np.ndarray))
     arguments = ocp.args.PyTreeRestore(item=dict.fromkeys(keys, 0), restore_args=how, partial_restore=True)
-    return _orbax().restore(folder, args=arguments)
-
-
-def _assembled(name: str, row: Row, stored: Mapping[str, Mapping[str, np.ndarray]]) -> np.ndarray:
-    """The leaf from its blocks, each of them checked, and all of it covered."""
-    dtype, shape, covered, whole = jnp.dtype(row["dtype"]), tuple(row["shape"]), 0, None
-    for part in row["parts"]:
-        place, key = part["array"].split("/")
-        block = np.asarray(stored[place][key])
-        if [*block.shape] != part["shape"] or block.dtype != dtype or _checksum(block) != part["crc32"]:
-            raise OSError(f"checksum of {name} differs")
-        covered += block.size
-        if block.shape == shape:
-            whole = block
-        else:
-            whole = np.empty(shape, dtype) if whole is None else whole
-            whole[tuple(slice(at, at + n) for at, n in zip(part["start"], block.shape, strict=True))] = block
-    if covered != int(np.prod(shape)):
-        raise OSError(f"{name} has {int(np.prod(shape))} elements, {covered} are there")
-    return np.zeros(shape, dtype) if whole is None else whole
+    stored = _orbax([jax.process_index()]).restore(folder / "arrays", args=arguments) if keys else {}
+    values = {}
+    for name, row in rows.items():
+        dtype, shape = jnp.dtype(row["dtype"]), tuple(row["shape"])
+        values[name] = value = np.asarray(stored[row["array"]]) if row["blocks"] else np.zeros(shape, dtype)
+        if value.shape != shape or value.dtype != dtype:
+            raise OSError(f"{name} is {value.dtype} {value.shape}, and was {dtype} {shape}")
+        if sum(math.prod(block["shape"]) for block in row["blocks"]) != value.size:
+            raise OSError(f"blocks of {name} are missing")
+        for block in row["blocks"]:
+            place = tuple(slice(at, at + n) for at, n in zip(block["start"], block["shape"], strict=True))
+            if _checksum(value[place]) != block["crc32"]:
+                raise OSError(f"checksum of {name} differs")
+    return values
 
 
 def _entries(directory: Path) -> Iterator[retention.Entry]:

@@ -113,8 +113,8 @@ def empty_every_file(folder):
             os.truncate(path, 0)
 
 
-def flip_one_bit(folder):
-    path = largest_file(folder / "arrays")  # the values themselves: Orbax would not notice
+def flip_one_bit(folder, within="arrays"):
+    path = largest_file(folder / within)  # the values themselves: Orbax would not notice
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -126,7 +126,7 @@ def halve_meta(folder):
 
 def wrong_checksum(folder):
     meta = json.loads((folder / "meta.json").read_text())
-    meta["leaves"]["['x']"]["parts"][0]["crc32"] ^= 1
+    meta["leaves"]["['x']"]["blocks"][0]["crc32"] ^= 1
     (folder / "meta.json").write_text(json.dumps(meta))
 
 

@@ -138,7 +138,7 @@ def test_snapshots_become_checkpoints_in_order_and_block_beyond_the_bound(tmp_pa
 
 
 STAGES = {
-    "arrays": (store, "_write_arrays"),
+    "arrays": (store, "_described"),
     "checksum": (store, "_checksum"),
     "meta": (store, "_write_json"),
     "flush": (store, "_flush_path"),
@@ -218,7 +218,7 @@ def test_memory_stays_bounded_over_many_saves(tmp_path):
             writer.submit(number, state, {})
             if number > 3:
                 sizes.append(resident())
-    assert max(sizes[-9:]) - max(sizes[:9]) < size, [round(s / size, 1) for s in sizes]
+    assert max(sizes[9:]) - max(sizes[:9]) < 2 * size, [round(s / size, 1) for s in sizes]
     assert float(checkpoint.restore(tmp_path, state).state["w"][-1]) == 30.0
 
 
@@ -233,6 +233,6 @@ def test_meta_is_what_restore_needs_and_no_more(tmp_path):
     checkpoint.save(tmp_path, 3, {"x": jnp.ones((2, 3), jnp.bfloat16)}, {"work": 5})
     meta = json.loads((tmp_path / "0000000003" / "meta.json").read_text())
     assert sorted(meta) == ["extra", "format", "leaves", "saved", "step", "versions"]
-    (part,) = meta["leaves"]["['x']"].pop("parts")
-    assert meta["leaves"]["['x']"] == {"shape": [2, 3], "dtype": "bfloat16", "kind": "jax"}
-    assert part.pop("crc32") and part == {"array": "arrays/00000", "start": [0, 0], "shape": [2, 3]}
+    (block,) = meta["leaves"]["['x']"].pop("blocks")
+    assert meta["leaves"]["['x']"] == {"shape": [2, 3], "dtype": "bfloat16", "kind": "jax", "array": "00000"}
+    assert block.pop("crc32") and block == {"start": [0, 0], "shape": [2, 3]}
