@@ -186,15 +186,24 @@ class Harm(NamedTuple):
     damaged: int | None = None  # step whose checkpoint is damaged, and still there
 
 
-def _kill_after(low: Callable[[Victim], float], high: Callable[[Victim], float], number: int = signal.SIGKILL):
+def _kill_within(longest: Callable[[Victim], float], number: int):
     def fault(victim: Victim, folder: Path, rng: random.Random) -> Harm:
-        delay = rng.uniform(low(victim), high(victim))
+        delay = rng.uniform(0, longest(victim))
         job = victim.start(folder)
         until(lambda: False, job, delay)
         code, output = job.kill(number)
         return Harm(f"after {delay:.3f} s (status {code})", output)
 
     return fault
+
+
+def _kill_step(victim: Victim, folder: Path, rng: random.Random) -> Harm:
+    delay = rng.uniform(0, victim.whole - victim.first)
+    job = victim.start(folder)
+    until(lambda: bool(committed(folder)), job, None)
+    until(lambda: False, job, delay)
+    code, output = job.kill()
+    return Harm(f"{delay:.3f} s after the first checkpoint (status {code})", output)
 
 
 def _kill_save(victim: Victim, folder: Path, rng: random.Random) -> Harm:
@@ -291,12 +300,12 @@ def _delete_folder(place: Path, rng: random.Random) -> str:
 
 
 FAULTS = {
-    "kill_start": _kill_after(lambda v: 0, lambda v: v.first),
-    "kill_step": _kill_after(lambda v: v.first, lambda v: v.whole),
+    "kill_start": _kill_within(lambda v: v.first, signal.SIGKILL),
+    "kill_step": _kill_step,
     "kill_save": _kill_save,
     "kill_commit": _kill_commit,
     "kill_restore": _kill_restore,
-    "sigterm": _kill_after(lambda v: 0, lambda v: v.whole, signal.SIGTERM),
+    "sigterm": _kill_within(lambda v: v.whole, signal.SIGTERM),
     "full_disk": _full_disk,
     "truncated": _damage(_truncate),
     "flipped": _damage(_flip),
