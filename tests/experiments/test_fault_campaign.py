@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import fault_campaign
+from experiments import fault_campaign, faults
 
 ROOT = Path(__file__).parents[2]
 CASES = 20
@@ -29,7 +29,7 @@ def test_seeded_cases_of_every_kind_are_well(tmp_path):
     assert ended.returncode == 0, ended.stdout + ended.stderr
     report = json.loads(out.read_text())
     assert report["runs"] == CASES and report["not_well"] == [] and f"{CASES} of {CASES} cases well" in ended.stdout
-    assert [row["fault"] for row in report["table"]] == list(fault_campaign.FAULTS)
+    assert [row["fault"] for row in report["table"]] == list(faults.FAULTS)
     for row in report["table"]:
         assert row["resumed_from_newest_intact"] == row["bit_equal"] == row["runs"] >= 1
         assert row["lost_steps"] == row["silent"] == 0
@@ -51,7 +51,7 @@ def test_a_run_that_resumes_wrongly_is_seen_and_kept(tmp_path):
     assert f"NOT WELL, kept: {kept.parents[1]}" in ended.stdout
 
 
-@pytest.mark.parametrize("spoil", [fault_campaign._truncate, fault_campaign._flip, fault_campaign._delete_file])
+@pytest.mark.parametrize("spoil", [faults._truncate, faults._flip, faults._delete_file])
 def test_damage_is_to_one_file_and_seeded(tmp_path, spoil):
     did = []
     for name in ("a", "b"):
@@ -62,7 +62,7 @@ def test_damage_is_to_one_file_and_seeded(tmp_path, spoil):
         did.append(spoil(place, random.Random(4)))
         files = [path.read_bytes() for path in place.rglob("*") if path.is_file()]
         assert files.count(b"x" * 50) == 3
-        if spoil is fault_campaign._flip:
+        if spoil is faults._flip:
             (hurt,) = [file for file in files if file != b"x" * 50]
             assert 1 <= sum((a ^ 120).bit_count() for a in hurt) <= 8
     assert did[0] == did[1] and "0000000003/" in did[0]
