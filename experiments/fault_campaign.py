@@ -43,13 +43,16 @@ _UNUSABLE, _FULL = "unusable", "File too large"
 
 
 def final_of(folder: Path) -> dict[str, Any]:
-    """What a harmed run must have in common with the unharmed one, by name."""
+    """What a harmed run must have in common with the unharmed one, by name.
+
+    Not which older checkpoints are kept: one that a killed process was about to delete goes with the next save, if there is one.
+    """
     meta = json.loads((checkpoint_of(folder, committed(folder)[-1]) / "meta.json").read_text())
     result = json.loads((folder / "result.json").read_text())
     files = {path.name: path.read_bytes() for path in folder.glob("*.jsonl") if path.name != "timing.jsonl"}
     files |= {path.name: path.read_bytes() for path in folder.glob("*.bin")}
     result = {key: value for key, value in result.items() if key != "seconds"}
-    return files | {"state": meta["leaves"], "result": result, "checkpoints": committed(folder)}
+    return files | {"state": meta["leaves"], "result": result, "step": committed(folder)[-1]}
 
 
 def case(victim: Victim, kind: str, folder: Path, seed: int) -> dict[str, Any]:
@@ -142,7 +145,7 @@ def unharmed(script: str, argv: Sequence[str], folder: Path) -> Victim:
             raise CampaignError(
                 f"the run must do the same every time, but {folder / name} differs from {folder / 'whole'}"
             )
-    count = final["checkpoints"][-1] if final["checkpoints"] else 0
+    count = final["step"]
     first, last = times[0], times[-1]
     return dataclasses.replace(
         victim, final=final, first=first, whole=last, saves=count, saving=(last - first) / max(1, count - 1)

@@ -22,9 +22,9 @@ SIZE = 12
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """8 steps, of which every one is saved."""
+    """6 steps, of which every one is saved."""
     return ml_collections.ConfigDict(
-        {"seed": 0, "steps": 8, "save_every": 1, "members": 8, "sigma": 0.1, "learning_rate": 0.1}
+        {"seed": 0, "steps": 6, "save_every": 1, "members": 8, "sigma": 0.1, "learning_rate": 0.1}
     ).lock()
 
 
