@@ -45,7 +45,7 @@ _UNUSABLE, _FULL = "unusable", "File too large"
 def final_of(folder: Path) -> dict[str, Any]:
     """What a harmed run must have in common with the unharmed one, by name.
 
-    Not which older checkpoints are kept: one that a killed process was about to delete goes with the next save, if there is one.
+    Not which older checkpoints are kept: one that a killed process did not come to delete goes with the next save.
     """
     meta = json.loads((checkpoint_of(folder, committed(folder)[-1]) / "meta.json").read_text())
     result = json.loads((folder / "result.json").read_text())
