@@ -15,7 +15,6 @@ not part of it.
 import argparse
 import itertools
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ import ml_collections
 import numpy as np
 
 import kernels
-from experiments import build, control, train
+from experiments import build, control
 from experiments.evaluate import run_config
 from experiments.language import set_up, task_of, warmed
 from kernels.dispatch import IMPLEMENTATIONS
@@ -42,9 +41,9 @@ from rl.tasks.types import TaskError
 class Start(NamedTuple):
     """An evolution run before its first step."""
 
-    state: Any  # what a checkpoint of the run holds
-    part: Callable[[Any], Any]  # state -> the part that a log rebuilds
-    update: Callable[[Any, Any], Any]  # (part, what a generation logged) -> part
+    state: Any  # of the method: what a log rebuilds
+    only: str  # the path of that state in a checkpoint
+    update: Callable[[Any, Any], Any]  # (state, what a generation logged) -> state
     like: Any  # pytree of the shapes that a generation logs
 
 
@@ -70,7 +69,7 @@ def _start_control(run: Path, config: ml_collections.ConfigDict) -> Start:
     learner = control.make_learner(config, envs.make(config.env, config.max_steps or None))
     return Start(
         state=learner.state,
-        part=lambda state: state,
+        only="",
         update=lambda state, generation: learner.update(state, generation)[0],
         like=Generation(jax.ShapeDtypeStruct((config.es.members,), jnp.float32), learner.state.normalizer),
     )
@@ -83,49 +82,26 @@ def _start_language(run: Path, config: ml_collections.ConfigDict) -> Start:
     if setup.lessons is not None and not (run / "warm_start").is_dir():
         raise ConfigError(f"this run started from its warm start, but {run} has no folder warm_start: put it back")
     return Start(
-        state=train.start(setup, warmed(run, setup, params)),
-        part=lambda state: state.learner,
+        state=setup.learner.init(warmed(run, setup, params)),
+        only=".learner",
         update=setup.learner.update,
         like=jax.ShapeDtypeStruct((setup.learner.members,), jnp.float32),
     )
 
 
 def rebuild(run: Path, start: Start, step: int) -> Any:
-    """The part of the state after `step` steps that a log rebuilds.
+    """The state after `step` steps.
 
     Raises:
         generations.LogError: the log is damaged before that step, or does not reach it.
     """
     path, done = run / generations.NAME, 0
-    state = jax.tree.map(lambda x: x.copy(), start.part(start.state))  # updates may donate what they are given
+    state = jax.tree.map(lambda x: x.copy(), start.state)  # updates may donate what they are given
     for record in itertools.islice(generations.read(path, start.like), step):
         state, done = start.update(state, record), done + 1
     if done < step:
         raise generations.LogError(f"{path} holds {done} generations, so --step must be 0 to {done}; got {step}")
     return state
-
-
-def saved_steps(run: Path) -> list[int]:
-    """Steps that have a checkpoint."""
-    return sorted(int(path.name) for path in (run / "checkpoints").glob("[0-9]*"))
-
-
-def load(run: Path, step: int, state: Any) -> Any:
-    """The state in the checkpoint of one step, which stays where and as it is.
-
-    Raises:
-        CheckpointError: it is damaged.
-    """
-    name = f"{step:010d}"
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, name).symlink_to((run / "checkpoints" / name).absolute())
-        found = checkpoint.restore(folder, state)
-    if found.skipped:
-        reason = found.skipped[0].partition(": ")[2].rpartition("; kept as")[0]
-        raise checkpoint.CheckpointError(
-            f"the checkpoint of step {step} in {run} is damaged ({reason}): choose another --step"
-        )
-    return found.state
 
 
 def difference(rebuilt: Any, saved: Any) -> str:
@@ -159,7 +135,7 @@ def replay(run: Path, step: int | None) -> int:
     """Rebuilds a step, compares, and says what came out; returns the exit status."""
     config = run_config(run)
     start = start_of(run, config)
-    saved = saved_steps(run)
+    saved = checkpoint.steps(run / "checkpoints")
     if step is None:
         step = saved[-1] if saved else generations.count(run / generations.NAME, start.like)
     if step < 0:
@@ -177,7 +153,9 @@ def replay(run: Path, step: int | None) -> int:
             f"not compared: there is no checkpoint of step {step}; there is one of {', '.join(map(str, saved)) or 'none'}"
         )
         return 0
-    different = difference(state, start.part(load(run, step, start.state)))
+    different = difference(
+        state, checkpoint.restore(run / "checkpoints", start.state, step=step, only=start.only).state
+    )
     leaves = len(jax.tree.leaves(state))
     print(f"different: {different}" if different else f"equal: all {leaves} arrays of the checkpoint, bit for bit")
     return 1 if different else 0

@@ -92,7 +92,8 @@ def write(
     for other in range(1, jax.process_count()):
         _gather(temporary / f"blocks.{other}.json", rows)
     meta = {"format": _FORMAT, "step": step, "saved": time.time(), "extra": dict(extra)}
-    _write_json(temporary / "meta.json", meta | {"versions": {"jax": jax.__version__}, "leaves": rows})
+    meta |= {"versions": {"jax": jax.__version__}, "leaves": rows}
+    _write_json(temporary / "meta.json", meta | {"crc32": _meta_checksum(meta)})
     _commit(temporary, final)
     for old in retention.doomed(list(_entries(directory)), keep):
         _remove(directory / f"{old:010d}")
@@ -292,7 +293,9 @@ def _read(directory: Path, step: int, only: str) -> _Content:
         raise CheckpointError(f"{directory} has no checkpoint of step {step}; it has {steps(directory)}")
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        written = meta.get("format", 1)
+        written, crc32 = meta.get("format", 1), meta.pop("crc32", None)
+        if (written == _FORMAT or crc32 is not None) and crc32 != _meta_checksum(meta):
+            raise OSError("checksum of meta.json differs")
         if written == _FORMAT:
             return meta, _read_values(folder, _part(meta, only))
     except Exception as error:  # noqa: BLE001 - Orbax and TensorStore raise many types for damaged files
@@ -301,6 +304,11 @@ def _read(directory: Path, step: int, only: str) -> _Content:
     raise CheckpointError(
         f"{folder} is written in format {written}, this code reads {_FORMAT}: use the code that wrote it"
     )
+
+
+def _meta_checksum(meta: Mapping[str, Any]) -> int:
+    """Of all that `meta.json` says but this number: `extra` steers how a run resumes, and the rest what is read."""
+    return zlib.crc32(json.dumps(meta).encode())
 
 
 def _part(meta: Mapping[str, Any], only: str) -> dict[str, Row]:
