@@ -26,7 +26,6 @@ RUNS = {
     "backprop": (pretrain, "configs/digits.py:backprop", ["width=32"]),
     "evolution": (train, "tests/experiments/tiny_language.py", LANGUAGE),
     "gradient": (train, "tests/rl/learners/tiny_grpo.py:mixed", LANGUAGE),
-    "anchored": (train, "tests/rl/learners/tiny_grpo.py:anchored", LANGUAGE),
 }
 
 
