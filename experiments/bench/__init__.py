@@ -45,8 +45,14 @@ compared are compiled, warmed up, and then timed in turn, round after round; a v
   by a large plain product and a copy measured in the same run, could do the operations and move the bytes of the definition,
   whichever takes longer, over the kernel's time (`roofline_over_reference` where there is no kernel for the device);
   `reference_over_kernel`: its plain-JAX twin; `plain_over_kernel`: a plain product of the same rows without a population.
+
+`scaling`:
+
+* scaling, `ideal_over_device`: a D-th of the operations of one device alone over those of each of D devices, as compiled, with
+  the bytes that devices send each other. Of a generation (five dense layers, 128 antithetic members): evaluation, and the
+  update with sums rebuilt everywhere or reduced; and of a step of GRPO, the gradient. Without 8 devices, on simulated ones.
 """
 
-from experiments.bench import evolution, gradient, kernels, language, optimizers
+from experiments.bench import evolution, gradient, kernels, language, optimizers, scaling
 
-CASES = evolution.CASES | language.CASES | gradient.CASES | optimizers.CASES | kernels.CASES
+CASES = evolution.CASES | language.CASES | gradient.CASES | optimizers.CASES | kernels.CASES | scaling.CASES
