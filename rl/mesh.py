@@ -179,6 +179,13 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
+def agreed(value: int) -> list[int]:
+    """The numbers of all processes, process 0's first, on each of them; all have to call this at the same point."""
+    if jax.process_count() == 1:
+        return [value]
+    return multihost_utils.process_allgather(np.int32(value)).reshape(-1).tolist()
+
+
 def check_agreement(config: Mapping[str, Any]) -> None:
     """Refuses processes that would not run the same program.
 
@@ -188,6 +195,8 @@ def check_agreement(config: Mapping[str, Any]) -> None:
     Raises:
         ValueError: configs or versions differ between processes; says which processes differ from the first.
     """
+    if jax.process_count() == 1:
+        return
     versions = {name: metadata.version(name) for name in _VERSIONED}
     text = json.dumps([config, versions], sort_keys=True).encode()
     words = np.frombuffer(hashlib.sha256(text).digest(), np.uint32)

@@ -8,7 +8,8 @@
 
 The folder holds `config.json` (the resolved config), `metrics.jsonl` (deterministic values keyed by step),
 `timing.jsonl` (wall clock), `checkpoints/`, `lock`, and `result.json` once the run is finished. The same command
-resumes. On one machine, with the same versions and a deterministic `step`, a run killed at any instant and resumed ends
+resumes. Of several processes (`rl.mesh.connect`), which all run the same script, the first writes the files, all write
+checkpoints, and all stop in the same step. On one machine, with the same versions and a deterministic `step`, a run killed at any instant and resumed ends
 with the state and the `metrics.jsonl` of the run that was never killed, byte for byte; the clock is outside that
 guarantee.
 """
@@ -35,6 +36,7 @@ import numpy as np
 import kernels
 from rl import checkpoint, progress
 from rl import config as config_lib
+from rl import mesh as meshes
 
 _AHEAD = 2  # steps dispatched but not yet read back: enough to keep the device busy, few enough to bound memory
 
@@ -107,16 +109,29 @@ class Run:
                 f"a working directory must be a folder, but {self.workdir} cannot be made one ({error.strerror}): "
                 "use another --workdir"
             ) from error
-        self._lock = _lock(self.workdir)
         try:
-            _settle_config(self.workdir, self._config)
+            meshes.check_agreement(self._config)
+        except ValueError as error:
+            raise RunError(str(error)) from error
+        self._main, self._lock = meshes.is_main(), None
+        try:
+            if self._main:
+                self._lock = _lock(self.workdir)
+                _settle_config(self.workdir, self._config)
             # Appending files are only cut back in `restore`, once it is known to which step.
-            self._metrics = open(self.workdir / "metrics.jsonl", "ab")
-            self._timing = open(self.workdir / "timing.jsonl", "ab")
-            self._logs = {name: open(self.workdir / name, "ab") for name in self._log_names}
+            place = lambda name: self.workdir / name if self._main else os.devnull
+            self._metrics = open(place("metrics.jsonl"), "ab")
+            self._timing = open(place("timing.jsonl"), "ab")
+            self._logs = {name: open(place(name), "ab") for name in self._log_names}
         except BaseException:
-            self._lock.close()
+            if self._lock is not None:
+                self._lock.close()
+            meshes.agreed(0)
             raise
+        if not all(meshes.agreed(1)):
+            raise RunError(f"process 0 could not begin in {self.workdir}; what it says is the reason")
+        if not self._main:
+            self._progress = progress.Progress(self.total_steps, self._unit, (), open(os.devnull, "w"))
         self._started = self._last = time.perf_counter()
         self._handler = None
         if threading.current_thread() is threading.main_thread():
@@ -137,7 +152,8 @@ class Run:
     def _close(self, error: BaseException | None) -> None:
         """Waits for what is being saved, whatever else happened, and lets go of everything."""
         try:
-            self._writer.close()
+            if not (isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1):
+                self._writer.close()  # a process that was lost would never come to the end of its part
         except Exception as failure:
             if error is None:
                 raise
@@ -174,11 +190,12 @@ class Run:
         self.fallbacks = len(found.skipped)
         self.step, self.work = found.step, found.extra.get("work", 0)
         self._seconds = self._seconds_before = found.extra.get("seconds", 0.0)
-        _cut(self._metrics, found.extra.get("metrics_bytes", 0), self.step)
-        _cut(self._timing, min(found.extra.get("timing_bytes", 0), self._timing.tell()), self.step)
-        for name, file in self._logs.items():
-            _cut(file, found.extra.get("log_bytes", {}).get(name, 0), self.step)
-        if self._tensorboard:
+        if self._main:
+            _cut(self._metrics, found.extra.get("metrics_bytes", 0), self.step)
+            _cut(self._timing, min(found.extra.get("timing_bytes", 0), self._timing.tell()), self.step)
+            for name, file in self._logs.items():
+                _cut(file, found.extra.get("log_bytes", {}).get(name, 0), self.step)
+        if self._tensorboard and self._main:
             self._events = _event_writer(self.workdir / "tensorboard", self.step)
         if self.step:
             self._progress.say(f"resumed {self.workdir} at step {self.step} of {self.total_steps}")
@@ -226,6 +243,7 @@ class Run:
         if work is not None:
             self.work += int(work)
         self._pending.append((self.step, None if work is None else self.work, dict(metrics)))
+        self._terminated = any(meshes.agreed(self._terminated))
         saved = self._terminated or self.step % self._save_every == 0 or self.step >= self.total_steps
         if saved:
             self._save(state)
@@ -252,7 +270,8 @@ class Run:
         self._drain(0)
         result = {"measure": measure, "score": score, "seed": self._config.get("seed"), **details}
         result |= {self._unit: self.work, "seconds": self._seconds}
-        _write(self.workdir / "result.json", result)
+        if self._main:
+            _write(self.workdir / "result.json", result)
         return result
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
@@ -272,7 +291,8 @@ class Run:
             "seconds": self._seconds,
             "metrics": {name: value for name, value in self._values.items() if math.isfinite(value)},
         }
-        self._writer.submit(self.step, state, extra, (self._metrics, self._timing, *self._logs.values()))
+        files = (self._metrics, self._timing, *self._logs.values()) if self._main else ()
+        self._writer.submit(self.step, state, extra, files)
 
     def _drain(self, leave: int) -> None:
         """Reads back and writes the oldest pending rows until `leave` are left."""
@@ -310,7 +330,9 @@ def launch(
     argv: Sequence[str] | None = None,
     errors: tuple[type[Exception], ...] = (),
 ) -> tuple[str, dict[str, Any]]:
-    """Runs `train(config, workdir, tensorboard)` as the command line asks (`rl.config.parse`).
+    """Runs `train(config, workdir, tensorboard)` as the command line asks (`rl.config.parse`), in all processes of a launch.
+
+    Returns in the first process; the others end when it is done. A process that was lost ends them all, with status 3.
 
     Args:
       train: trains and returns the run's result.
@@ -322,12 +344,29 @@ def launch(
       (workdir, result).
     """
     config, workdir, tensorboard, implementation = config_lib.parse(argv)
+    try:
+        meshes.connect()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
     kernels.use(implementation)
     if implementation != "auto" or jax.default_backend() != "cpu":
         logging.basicConfig(format="%(name)s: %(message)s")
         logging.getLogger("kernels").setLevel(logging.INFO)
     try:
-        return workdir, train(config, workdir, tensorboard)
+        result = train(config, workdir, tensorboard)
+        if not meshes.is_main():
+            raise SystemExit(0)
+        return workdir, result
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        print(
+            f"error: process {jax.process_index()} of {jax.process_count()} lost another one ({reason}): start all of them "
+            "again by the same command, which resumes from the newest checkpoint", file=sys.stderr, flush=True,
+        )  # fmt: skip
+        os._exit(3)  # what waits for the lost one would wait for long
     except (kernels.KernelError, config_lib.ConfigError, RunError, checkpoint.CheckpointError, *errors) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

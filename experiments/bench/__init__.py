@@ -60,9 +60,15 @@ compared are compiled, warmed up, and then timed in turn, round after round; a v
   asynchronous checkpointer (neither). `blocked_seconds`: of the call; `durable_seconds`: until the checkpoint is on disk, with
   nothing computed meanwhile; `copy_seconds`: of one copy of the state, which none can do without. `restore_over_orbax`:
   reading, checking and placing it, over Orbax's reading of the same arrays.
+
+`scaling`:
+
+* scaling, `ideal_over_device`: a D-th of the operations of one device alone over those of each of D devices, as compiled, with
+  the bytes that devices send each other. Of a generation (five dense layers, 128 antithetic members): evaluation, and the
+  update with sums rebuilt everywhere or reduced; and of a step of GRPO, the gradient. Without 8 devices, on simulated ones.
 """
 
-from experiments.bench import checkpoint, evolution, gradient, kernels, language, optimizers, packing
+from experiments.bench import checkpoint, evolution, gradient, kernels, language, optimizers, packing, scaling
 
 CASES = evolution.CASES | language.CASES | gradient.CASES | optimizers.CASES | kernels.CASES
-CASES |= packing.CASES | checkpoint.CASES
+CASES |= packing.CASES | checkpoint.CASES | scaling.CASES
