@@ -5,14 +5,15 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
 from rl import mesh as meshes
 
 
-def launch(count, seeds=(0, 0)):
-    """[(exit status, output, errors)] of so many processes of 8 / count devices."""
+def start(count, *commands):
+    """So many processes of 8 / count devices."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -21,15 +22,25 @@ def launch(count, seeds=(0, 0)):
         env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count}"}
         if count > 1:
             env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(i)}
-        command = [sys.executable, "-m", "tests.rl.two_processes", str(seeds[i])]
         pipe = subprocess.PIPE
-        running.append(subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True))
+        running.append(
+            subprocess.Popen([sys.executable, "-m", *commands[i]], env=env, stdout=pipe, stderr=pipe, text=True)
+        )
+    return running
+
+
+def ends(running):
+    """[(exit status, output, errors)]."""
     try:
         ended = [process.communicate(timeout=120) for process in running]
     finally:
         for process in running:
             process.kill()
     return [(process.returncode, *texts) for process, texts in zip(running, ended, strict=True)]
+
+
+def launch(count, seeds=(0, 0)):
+    return ends(start(count, *(("tests.rl.two_processes", str(seed)) for seed in seeds[:count])))
 
 
 def found(output):
@@ -55,3 +66,44 @@ def test_half_an_address_is_refused(monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     with pytest.raises(ValueError, match="missing: JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID"):
         meshes.connect()
+
+
+@pytest.mark.slow
+def test_processes_of_one_run_stop_in_one_step_and_go_on_after_one_is_lost(tmp_path):
+    def begin(name, count):
+        command = (
+            "tests.rl.toy",
+            "--config=tests/rl/toy_config.py:slow",
+            f"--workdir={tmp_path / name}",
+            "--config.steps=60",
+        )
+        return start(count, *[command] * count)
+
+    lines = lambda: (tmp_path / "two" / "metrics.jsonl").read_bytes().count(b"\n")
+
+    def wait(running, more):
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "two" / "metrics.jsonl").exists() or lines() < more:
+            assert all(process.poll() is None for process in running) and time.monotonic() < deadline
+            time.sleep(0.01)
+
+    assert ends(begin("alone", 1))[0][0] == 0
+    running = begin("two", 2)
+    wait(running, 3)
+    running[1].terminate()  # not the one that writes
+    ended = ends(running)
+    assert [status for status, *_ in ended] == [143, 143], ended
+    newest = max(path.name for path in (tmp_path / "two" / "checkpoints").iterdir())
+    assert int(newest) == lines() < 60 and f"SIGTERM: saved step {lines()}" in ended[0][2]
+
+    running = begin("two", 2)
+    wait(running, lines() + 3)
+    running[1].kill()
+    (status, _, errors), _ = ends(running)
+    assert status == 3 and "process 0 of 2 lost another one" in errors and "which resumes from the newest" in errors
+
+    ended = ends(begin("two", 2))
+    assert [status for status, *_ in ended] == [0, 0], ended
+    assert "resumed" in ended[0][2] and "step 60/60" in ended[0][2] and "step " not in ended[1][2].replace("steps", "")
+    for name in ("metrics.jsonl", "config.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()

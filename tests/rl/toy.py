@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rl import config as config_lib
-from rl.run import Run
+from rl.run import Run, launch
 
 
 def initial(config):
@@ -33,8 +32,7 @@ def make_step(config):
     return step
 
 
-def main():
-    config, workdir, tensorboard, _ = config_lib.parse()
+def train(config, workdir, tensorboard):
     step = make_step(config)
     run = Run(workdir, config, total_steps=config.steps, save_every=config.save_every, tensorboard=tensorboard)
     with run:
@@ -43,7 +41,8 @@ def main():
             state, metrics = step(state)
             time.sleep(config.pause)
             run.record(state, metrics, work=10)
+    return {}
 
 
 if __name__ == "__main__":
-    main()
+    launch(train)
