@@ -51,3 +51,24 @@ def test_a_step_of_grpo_does_not_depend_on_the_devices(sizes):
     before = jax.tree.map(lambda x: x.sharding, state)
     after, _ = method.learn(state, answers(1), None)
     assert jax.tree.all(jax.tree.map(lambda x, old: x.sharding.is_equivalent_to(old, x.ndim), after, before))
+
+
+def test_meshes_from_sizes():
+    assert meshes.make({"data": 1}) is None
+    assert dict(meshes.make({"data": -1, "tensor": 2}).shape) == {"population": 1, "data": 4, "fsdp": 1, "tensor": 2}
+    assert meshes.make({"fsdp": 2}, jax.devices()[:2]).size == 2
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"data": 3}, "must multiply to the number of devices; got .*'data': 3.* and 8 devices"),
+        ({"data": -1, "tensor": 3}, "and 8 devices"),
+        ({"data": -1, "fsdp": -1}, "one of them at most -1"),
+        ({"data": 0}, "each of a size from 1"),
+        ({"model": 8}, "has the axes population, data, fsdp, tensor"),
+    ],
+)
+def test_sizes_that_make_no_mesh(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        meshes.make(sizes)
