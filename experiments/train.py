@@ -20,6 +20,7 @@ import numpy as np
 from experiments import build, plot
 from experiments.language import SCORES, Setup, evaluate, export, set_up, start_slots, task_of, verdicts, warm_start
 from rl import generations
+from rl.config import ConfigError
 from rl.data import prompts as data
 from rl.data import selection
 from rl.data.embedding import embed
@@ -43,6 +44,11 @@ _SHOWN = (
 def train(config: ml_collections.ConfigDict, workdir: str | Path, tensorboard: bool = False) -> dict[str, Any]:
     """Runs or resumes a config in a folder; returns what `result.json` holds."""
     build.require(config, "task", "warm_start")
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"language models train in one process, whose host runs the verifiers; got {jax.process_count()}: divide the work "
+            "over the devices of one host by config.mesh"
+        )
     build.check(config)
     task = task_of(config)
     with Pool(task.verify, workers=config.reward.workers, deadline=config.reward.deadline) as pool:

@@ -9,14 +9,12 @@
 The folder holds `config.json` (the resolved config), `metrics.jsonl` (deterministic values keyed by step),
 `timing.jsonl` (wall clock), `checkpoints/`, `lock`, and `result.json` once the run is finished. The same command
 resumes. Of several processes (`rl.mesh.connect`), which all run the same script, the first writes the files, all write
-checkpoints, and all stop in the same step. On one machine, with the same versions and a deterministic `step`, a run killed at any instant and resumed ends
-with the state and the `metrics.jsonl` of the run that was never killed, byte for byte; the clock is outside that
-guarantee.
+checkpoints, and all stop in the same step. On one machine, with the same versions and a deterministic `step`, a run killed at
+any instant and resumed ends with the state and the `metrics.jsonl` of the run that was never killed, byte for byte; the clock
+is outside that guarantee.
 """
 
 import collections
-import fcntl
-import json
 import logging
 import math
 import os
@@ -37,12 +35,10 @@ import kernels
 from rl import checkpoint, progress
 from rl import config as config_lib
 from rl import mesh as meshes
+from rl import workdir as files
+from rl.workdir import RunError as RunError
 
 _AHEAD = 2  # steps dispatched but not yet read back: enough to keep the device busy, few enough to bound memory
-
-
-class RunError(RuntimeError):
-    """A working directory or a training step that cannot be continued as asked."""
 
 
 class Run:
@@ -116,8 +112,8 @@ class Run:
         self._main, self._lock = meshes.is_main(), None
         try:
             if self._main:
-                self._lock = _lock(self.workdir)
-                _settle_config(self.workdir, self._config)
+                self._lock = files.lock(self.workdir)
+                files.settle_config(self.workdir, self._config)
             # Appending files are only cut back in `restore`, once it is known to which step.
             place = lambda name: self.workdir / name if self._main else os.devnull
             self._metrics = open(place("metrics.jsonl"), "ab")
@@ -191,12 +187,12 @@ class Run:
         self.step, self.work = found.step, found.extra.get("work", 0)
         self._seconds = self._seconds_before = found.extra.get("seconds", 0.0)
         if self._main:
-            _cut(self._metrics, found.extra.get("metrics_bytes", 0), self.step)
-            _cut(self._timing, min(found.extra.get("timing_bytes", 0), self._timing.tell()), self.step)
+            files.cut(self._metrics, found.extra.get("metrics_bytes", 0), self.step)
+            files.cut(self._timing, min(found.extra.get("timing_bytes", 0), self._timing.tell()), self.step)
             for name, file in self._logs.items():
-                _cut(file, found.extra.get("log_bytes", {}).get(name, 0), self.step)
+                files.cut(file, found.extra.get("log_bytes", {}).get(name, 0), self.step)
         if self._tensorboard and self._main:
-            self._events = _event_writer(self.workdir / "tensorboard", self.step)
+            self._events = files.event_writer(self.workdir / "tensorboard", self.step)
         if self.step:
             self._progress.say(f"resumed {self.workdir} at step {self.step} of {self.total_steps}")
         self._progress.start(self.step, self.work)
@@ -210,7 +206,7 @@ class Run:
 
     def log(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Appends rows, deterministic JSON values, to one of `logs`; call before the `record` of the step they belong to."""
-        self.append(name, b"".join(map(_line, rows)))
+        self.append(name, b"".join(map(files.json_line, rows)))
 
     def append(self, name: str, content: bytes) -> None:
         """Appends bytes to one of `logs`, as `log` appends rows."""
@@ -271,7 +267,7 @@ class Run:
         result = {"measure": measure, "score": score, "seed": self._config.get("seed"), **details}
         result |= {self._unit: self.work, "seconds": self._seconds}
         if self._main:
-            _write(self.workdir / "result.json", result)
+            files.write_json(self.workdir / "result.json", result)
         return result
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
@@ -291,8 +287,8 @@ class Run:
             "seconds": self._seconds,
             "metrics": {name: value for name, value in self._values.items() if math.isfinite(value)},
         }
-        files = (self._metrics, self._timing, *self._logs.values()) if self._main else ()
-        self._writer.submit(self.step, state, extra, files)
+        counted = (self._metrics, self._timing, *self._logs.values()) if self._main else ()
+        self._writer.submit(self.step, state, extra, counted)
 
     def _drain(self, leave: int) -> None:
         """Reads back and writes the oldest pending rows until `leave` are left."""
@@ -301,7 +297,7 @@ class Run:
             values = {name: _scalar(name, value) for name, value in jax.device_get(metrics).items()}
             now = time.perf_counter()
             row = {"step": step} | ({} if work is None else {self._unit: work}) | values
-            self._metrics.write(_line(row))
+            self._metrics.write(files.json_line(row))
             self._metrics.flush()
             self._values = values
             seconds = self._seconds_before + now - self._started
@@ -310,7 +306,7 @@ class Run:
                 timing["save_blocked_seconds"] = self._writer.blocked
             if self.fallbacks:
                 timing["checkpoint_fallbacks"] = self.fallbacks
-            self._timing.write(_line(timing))
+            self._timing.write(files.json_line(timing))
             self._timing.flush()
             self._last = now
             if self._events is not None:
@@ -380,71 +376,3 @@ def _scalar(name: str, value: Any) -> bool | int | float:
     if array.dtype == bool or np.issubdtype(array.dtype, np.integer):
         return array.item()
     return float(array)
-
-
-def _line(row: Mapping[str, Any]) -> bytes:
-    """One JSON line; JSON has no NaN or infinity, so these become the strings nan, inf and -inf."""
-    plain = {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-    return (json.dumps(plain, allow_nan=False) + "\n").encode()
-
-
-def _lock(workdir: Path) -> Any:
-    """Takes the folder's lock; the kernel frees it when the process ends, however it ends."""
-    file = open(workdir / "lock", "a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        holder = file.read().strip() or "unknown"
-        file.close()
-        raise RunError(
-            f"one process at a time may train in a working directory, but {workdir} is in use by process {holder}: "
-            "wait for it, stop it, or use another --workdir"
-        ) from error
-    file.seek(0)
-    file.truncate()
-    file.write(f"{os.getpid()}\n")
-    file.flush()
-    return file
-
-
-def _settle_config(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Writes `config.json` in a new folder, compares it in an old one."""
-    path = workdir / "config.json"
-    if path.exists():
-        config_lib.check_same(json.loads(path.read_text()), config, str(workdir))
-        return
-    foreign = [name for name in ("metrics.jsonl", "checkpoints") if (workdir / name).exists()]
-    if foreign:
-        raise RunError(
-            f"{workdir} has {' and '.join(foreign)} but no config.json: restore it, or use another --workdir"
-        )
-    _write(path, config)
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes JSON so that a reader sees all of it or nothing."""
-    temporary = path.with_suffix(".writing")
-    with open(temporary, "w") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _cut(file: Any, size: int, step: int) -> None:
-    if file.tell() < size:
-        raise RunError(
-            f"the checkpoint of step {step} needs {size} bytes of {file.name}, which has {file.tell()}: "
-            "put the file back, or use another --workdir"
-        )
-    file.truncate(size)
-    file.seek(size)
-
-
-def _event_writer(folder: Path, step: int) -> Any:
-    try:
-        import tensorboardX
-    except ImportError as error:
-        raise RunError("TensorBoard files need tensorboardX: pip install 'eggroll-jax[tensorboard]'") from error
-    return tensorboardX.SummaryWriter(str(folder), purge_step=step + 1)
