@@ -143,13 +143,15 @@ def mesh(config: ml_collections.ConfigDict) -> Mesh | None:
         raise ConfigError(f"config.mesh: {error}") from error
 
 
-def strategy(config: ml_collections.ConfigDict, rules: tuple[tuple[str, str], ...] = ()) -> eggroll.Strategy:
+def strategy(
+    config: ml_collections.ConfigDict, rules: tuple[tuple[str, str], ...] = (), devices: Mesh | None = None
+) -> eggroll.Strategy:
     """The evolution strategy of `config.es` with the optimizer of `config.optimizer`; method openes: full-rank noise.
 
     Raises:
       ConfigError: an unknown name, or settings that do not fit together.
     """
-    c, devices = config.es, mesh(config)
+    c = config.es
     rules = (("", "full"),) if config.method == "openes" else (*((pattern, "full") for pattern in c.full), *rules)
     rules = (*((pattern, "frozen") for pattern in c.frozen), *rules)  # the first that fits decides
     try:
@@ -202,7 +204,9 @@ def _evolution(config: ml_collections.ConfigDict, model: LanguageModel) -> Learn
             f"{config.refills} and config.replay.name = {config.replay.name!r}: set them to 0 and 'none'"
         )
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    return evolution.learner(strategy(config, model.rules), fitness, key, common=config.common_random_numbers)
+    return evolution.learner(
+        strategy(config, model.rules, mesh(config)), fitness, key, common=config.common_random_numbers
+    )
 
 
 def _gradient(config: ml_collections.ConfigDict, model: LanguageModel, train: Prompts, stop) -> Learner:

@@ -73,7 +73,7 @@ def _make_learner(config: ml_collections.ConfigDict, env: envs.Env) -> Learner:
             policy=policy,
             show=("eval_return", "return_mean", "entropy", "kl"),
         )
-    es = build.strategy(config)
+    es = build.strategy(config, devices=build.mesh(config))
     play = evolution.make_play(
         env, policy, es, episodes=config.episodes, common_random_numbers=config.common_random_numbers
     )

@@ -236,7 +236,7 @@ def test_what_cannot_be_meant_is_refused(tmp_path):
 def test_meta_is_what_restore_needs_and_no_more(tmp_path):
     checkpoint.save(tmp_path, 3, {"x": jnp.ones((2, 3), jnp.bfloat16)}, {"work": 5})
     meta = json.loads((tmp_path / "0000000003" / "meta.json").read_text())
-    assert sorted(meta) == ["extra", "format", "leaves", "saved", "step", "versions"]
+    assert sorted(meta) == ["crc32", "extra", "format", "leaves", "saved", "step", "versions"]
     (block,) = meta["leaves"]["['x']"].pop("blocks")
     assert meta["leaves"]["['x']"] == {"shape": [2, 3], "dtype": "bfloat16", "kind": "jax", "array": "00000"}
     assert block.pop("crc32") and block == {"start": [0, 0], "shape": [2, 3]}
