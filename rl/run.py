@@ -94,7 +94,7 @@ class Run:
         self._tensorboard, self._events = tensorboard, None
         self._progress = progress.Progress(total_steps, unit, show)
         self._pending: collections.deque[tuple[int, int | None, Mapping[str, Any]]] = collections.deque()
-        self._restored = self._terminated = False
+        self._restored = self._signalled = self._terminated = False
         self._seconds_before = self._seconds = 0.0  # training time of earlier sessions, and up to the last save
 
     def __enter__(self) -> Self:
@@ -142,7 +142,7 @@ class Run:
                 self._drain(0)
         finally:
             self._close(error)
-        if kind is None and self._terminated:
+        if kind is None and self._signalled:
             raise SystemExit(128 + signal.SIGTERM)
 
     def _close(self, error: BaseException | None) -> None:
@@ -239,7 +239,7 @@ class Run:
         if work is not None:
             self.work += int(work)
         self._pending.append((self.step, None if work is None else self.work, dict(metrics)))
-        self._terminated = any(meshes.agreed(self._terminated))
+        self._terminated = any(meshes.agreed(self._signalled))  # a signal that comes from now on is of the next step
         saved = self._terminated or self.step % self._save_every == 0 or self.step >= self.total_steps
         if saved:
             self._save(state)
@@ -271,7 +271,7 @@ class Run:
         return result
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
-        self._terminated = True
+        self._signalled = True
         if not self._restored:  # nothing to save yet, and the way to the first step may be long
             raise SystemExit(128 + signal.SIGTERM)
 
