@@ -112,6 +112,7 @@ score_arrays = st.sampled_from([(2, 1), (6, 3), (12, 2)]).flatmap(
 )
 
 
+@pytest.mark.slow
 @PROPERTY
 @hypothesis.given(score_arrays)
 def test_zscore_rank_and_sign_equal_their_twins(scores):
@@ -121,6 +122,7 @@ def test_zscore_rank_and_sign_equal_their_twins(scores):
     np.testing.assert_array_equal(shape(fitness.pair_sign, scores, pairs)[0], twin_pair_sign(scores))
 
 
+@pytest.mark.slow
 @PROPERTY
 @hypothesis.given(score_arrays, st.sampled_from(["global", "group", None]), st.data())
 def test_per_group_equals_its_twin(scores, std, data):

@@ -47,6 +47,7 @@ def generations(es, params, score, batch, count, seed=0, **context):
     return state, jax.tree.map(lambda m: m[-1], metrics)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("design", "rank", "noise", "rules"),
     [
@@ -73,6 +74,7 @@ def test_unscaled_fitness_converges_to_the_optimum(design, rank, noise, rules):
     assert distance(state.params, optimum) < 0.01 * distance(params, optimum)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shaping", "rate"),
     [
@@ -91,6 +93,7 @@ def test_normalised_fitness_converges_with_a_decaying_rate(shaping, rate):
     assert metrics["finite_members"] == 256
 
 
+@pytest.mark.slow
 def test_a_nan_member_is_survived_and_counted():
     params, optimum, score, inputs = bowl()
 

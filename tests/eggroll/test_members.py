@@ -45,6 +45,7 @@ def run(weights, members, tokens):
     return jax.vmap(one, (axes, 0))(params, tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rank", "noise"),
     [

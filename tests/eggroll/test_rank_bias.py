@@ -82,6 +82,7 @@ def sign_factor_mean_product(function, rank):
     return float(special.comb(rank, ups) / 2.0**rank @ (x * function(x)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_table_of_first_order_constants(coefficients, name):
     node, weight = np.polynomial.hermite_e.hermegauss(201)

@@ -61,6 +61,7 @@ def sent(compiled):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("design", "count"), [("independent", 8), ("antithetic", 4), ("crossed", 8), ("crossed", 2), ("blocks", 8)]
 )
@@ -78,6 +79,7 @@ def test_members_in_chunks_give_the_same_bits_on_any_number_of_devices(design, c
     assert {len(x.sharding.device_set) for x in jax.tree.leaves(new)} == {count}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("design", ["independent", "crossed"])
 def test_what_is_sent_is_the_scores(design):
     _, evaluate, update = generation(design, 8, chunk=8)
@@ -87,6 +89,7 @@ def test_what_is_sent_is_the_scores(design):
     assert set(kinds) == {"all-reduce"} and sum(sizes) == 4 * sum(x.size for x in jax.tree.leaves(PARAMS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("design", "count"), [("independent", 8), ("crossed", 8)])
 def test_sums_of_parts_are_the_sums(design, count):
     state, evaluate, update = generation(design, 0, chunk=8)
@@ -97,6 +100,7 @@ def test_sums_of_parts_are_the_sums(design, count):
     assert_trees_close(reduced(spread, scores)[0].params, alone, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("design", ["independent", "crossed"])
 def test_evaluation_divides(design):
     """Operations of a device, times devices."""
@@ -110,6 +114,7 @@ def test_evaluation_divides(design):
     np.testing.assert_allclose([flops[count] * count for count in flops], flops[1], rtol=0.1)
 
 
+@pytest.mark.slow
 def test_rows_of_their_own_and_results_besides_scores_find_their_members():
     es = make(eggroll.Population(2, 3, 4, 2))
     state, own = es.init(PARAMS, jax.random.key(0)), normal(3, 48, 2, 4).astype(jnp.float32)
@@ -122,6 +127,7 @@ def test_rows_of_their_own_and_results_besides_scores_find_their_members():
         assert_trees_close(run(spread)(spread.init(PARAMS, jax.random.key(0))), want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sums", ["rebuilt", "reduced"])
 def test_weights_may_be_divided_too(sums):
     """Members over two devices, the columns of their matrix over four: no device holds more than a quarter of it."""
@@ -145,6 +151,7 @@ def test_weights_may_be_divided_too(sums):
     assert step._cache_size() == 1  # the state comes back laid out as it went in
 
 
+@pytest.mark.slow
 def test_kernels_serve_members_by_hand_but_not_what_the_compiler_divides():
     def traced(mesh, **settings):
         es = make(DESIGNS["crossed"], mesh=mesh, noise="rademacher", **settings)
@@ -162,6 +169,7 @@ def test_kernels_serve_members_by_hand_but_not_what_the_compiler_divides():
         kernels.use("auto")
 
 
+@pytest.mark.slow
 def test_layout_rules():
     mesh = devices(2, 4, names=("fsdp", "tensor"))
     layout = (("kernel$", PartitionSpec("fsdp", "tensor")), ("embed", PartitionSpec(("fsdp", "tensor"), "absent")))
@@ -173,6 +181,7 @@ def test_layout_rules():
     assert where("a/bias", 8) == PartitionSpec(None) and where("step") == PartitionSpec()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("act", "message"),
     [

@@ -73,6 +73,7 @@ def assert_trees_close(a, b, **tolerance):
 MIXED = (("a/w", "oi"), ("b$", "frozen"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("design", "rank", "rules"),
     [(design, 1 + i % 2, ()) for i, design in enumerate(POPULATIONS)]
@@ -129,6 +130,7 @@ def test_chunks_change_nothing(design, chunk):
     assert_trees_close(step(small), step(es), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rows_of_its_own_reach_each_member():
     es = make("crossed")
     state = es.init(parameters(), jax.random.key(0))
@@ -151,6 +153,7 @@ def test_aux_and_mean():
     assert aux["out"].shape == (5, 3)
 
 
+@pytest.mark.slow
 def test_pairs_mirror_and_equal_pairs_update_nothing():
     es = make("antithetic", optimizer=optax.sgd(1.0), shaping=lambda s, p: (s[:, 0], {}))
     state = es.init(parameters(), jax.random.key(0))
@@ -189,6 +192,7 @@ def test_rank_of_perturbation_and_update(rank, columns):
     assert np.linalg.matrix_rank(gradient, tol=1e-4) == (3 * rank if columns == 1 else rank)
 
 
+@pytest.mark.slow
 def test_noise_is_fresh_every_generation_unless_reused():
     draws = lambda es, g: np.asarray(
         jax.jit(es.member_params)(dataclasses.replace(state, generation=jnp.int32(g)), 3)["a"]["w"]
@@ -210,6 +214,7 @@ def test_sigma_may_be_a_schedule_and_scales_the_perturbation():
     np.testing.assert_allclose(metrics, [0.2, 0.05], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_update_is_the_optimizers_step_on_the_estimate():
     optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-2, weight_decay=0.1))
     es = make(optimizer=optimizer)

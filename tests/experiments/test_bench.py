@@ -36,6 +36,7 @@ def small_settings():
         yield setting, evolution._functions(16, getattr(eggroll, design)(16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "measure", "parts"),
     [

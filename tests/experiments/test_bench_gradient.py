@@ -51,6 +51,7 @@ def test_a_twin_samples_from_the_model_that_ours_scores(problem, twin):
         np.testing.assert_allclose(made, expected, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rollout", [twins.plain_rollout, twins.tuned_rollout])
 def test_twins_draw_in_proportion_to_the_probabilities(rollout):
     """First tokens of 4,000 samples of one prompt against the softmax: chi-square over 64 tokens."""
@@ -120,6 +121,7 @@ def test_rows_hold_the_ratios_of_whole_steps_and_parts(monkeypatch):
             assert rate == pytest.approx(2 * 2 * 60 / seconds[name], rel=0.02, abs=1)
 
 
+@pytest.mark.slow
 def test_every_side_takes_steps_of_its_own_policy(monkeypatch):
     shallow(monkeypatch)
     built = gradient.sides(WORK)

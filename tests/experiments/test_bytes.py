@@ -108,6 +108,7 @@ def test_evaluated_windows_do_not_overlap_and_span_the_text():
         byte_data.spread(text, 101, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 def test_score_is_the_mean_log_likelihood_of_the_next_byte(scan):
     config = load(f"model.scan_layers={scan}", "model.layers=2")
@@ -149,6 +150,7 @@ def test_small_recipe_learns_more_than_the_frequencies_of_bytes(tmp_path, capfd)
     assert history[-1]["test_bits"] == pytest.approx(result["score"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_metrics(tmp_path, monkeypatch):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     result = pretrain.train(load(), str(whole))

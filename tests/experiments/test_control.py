@@ -225,6 +225,7 @@ def test_common_random_numbers_and_episodes_of_their_own():
     assert float(state.normalizer.count) == int(shared["env_steps"]) > 3 * 16 * 8
 
 
+@pytest.mark.slow
 def test_a_member_without_a_finite_return_is_counted_and_the_rest_goes_on():
     """A reward that is undefined where the action is large."""
     kind = envs.Continuous((-1.0,), (1.0,))
@@ -252,6 +253,7 @@ def test_no_finite_return_at_all_ends_the_run(tmp_path, monkeypatch):
     assert not (tmp_path / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_evolution_learns_a_line():
     """One step, reward -(a - 0.5) ** 2: the optimum is known."""
     kind = envs.Continuous((-1.0,), (1.0,))

@@ -50,6 +50,7 @@ def test_the_command_converts_what_load_reads(pth, tmp_path):
     assert again.returncode != 0 and "must not hold a checkpoint already" in again.stderr
 
 
+@pytest.mark.slow
 def test_logits_of_the_public_package(pth, tmp_path):
     if importlib.util.find_spec("rwkv") is None:
         pytest.skip("needs the package rwkv: pip install 'eggroll-jax[reference]'")

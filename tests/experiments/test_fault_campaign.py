@@ -23,6 +23,7 @@ def campaign(tmp_path, *arguments):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_seeded_cases_of_every_kind_are_well(tmp_path):
     out = tmp_path / "table.json"
     ended = campaign(tmp_path, f"--runs={CASES}", "--seed=11", f"--out={out}")
@@ -37,6 +38,7 @@ def test_seeded_cases_of_every_kind_are_well(tmp_path):
     assert list(tmp_path.iterdir()) == [out]
 
 
+@pytest.mark.slow
 def test_a_run_that_resumes_wrongly_is_seen_and_kept(tmp_path):
     out = tmp_path / "table.json"
     victim = ("--script=tests.experiments.forgetful_victim", f"--config={ROOT}/experiments/victim.py")

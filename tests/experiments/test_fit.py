@@ -51,6 +51,7 @@ def test_evolution(tiny):
     assert found["slots"] == 32 and found["tokens"] is None  # 8 members x 4 prompts
 
 
+@pytest.mark.slow
 def test_backprop(tiny):
     config = config_lib.load(
         f"{ROOT}/configs/countdown_grpo.py",

@@ -61,6 +61,7 @@ def start(tmp_path_factory):
     return save_start(tmp_path_factory.mktemp("start") / "model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_all_of_a_state_is_saved_and_comes_back(start, tmp_path, monkeypatch, name):
     script, recipe, overrides = RUNS[name]

@@ -104,6 +104,7 @@ def test_every_logged_verdict_is_what_the_verifier_says_of_the_completion(whole)
     assert len({line["completion"] for line in samples}) > 10  # the members differ
 
 
+@pytest.mark.slow
 def test_a_step_by_its_parts(whole, tmp_path):
     """The last step: members' completions from their materialised weights, and the update from the logged rewards."""
     workdir, config, _ = whole
@@ -165,6 +166,7 @@ def test_a_finished_run_is_left_as_it_is(whole, monkeypatch):
 # -- the warm start --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_warm_start_is_made_once_and_what_is_half_written_is_ignored(start, tmp_path, monkeypatch, capfd):
     fit, calls = language.supervised.fit, []
 
@@ -190,6 +192,7 @@ def test_the_warm_start_is_made_once_and_what_is_half_written_is_ignored(start, 
         train.train(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_without_steps_training_begins_at_the_model_given(start, tmp_path):
     config = config_of(start, *FAST, "optimizer.learning_rate=1e-30")
     result = train.train(config, tmp_path)
@@ -307,6 +310,7 @@ def test_full_rank_noise_pass_at_k_and_randomness_of_each_member(start, tmp_path
     assert b"eval_reward" in events.read_bytes()
 
 
+@pytest.mark.slow
 def test_frozen_parameters_stay_as_they_are(start, tmp_path):
     config = config_of(start, *FAST)
     with config.unlocked():
@@ -333,6 +337,7 @@ def test_members_share_randomness_and_differ_by_their_weights_alone(start, tmp_p
     assert result["reward_before"] == pytest.approx(np.mean(rewards)) == result["reward_after"]  # evaluation is greedy
 
 
+@pytest.mark.slow
 def test_a_preset_with_the_alphabet_of_the_task(start, tmp_path, monkeypatch):
     monkeypatch.setitem(presets.PRESETS, "tiny-transformer", SHAPE)
     for seed in (0, 1):

@@ -115,6 +115,7 @@ class TestKernels:
         )  # the perturbation is there to be seen
         np.testing.assert_allclose(np.asarray(got, np.float64), want, **tolerance(dtype, 4 * rank, k))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("kind", "n"), [("gaussian", 150), ("rademacher", 256)])
     def test_factors_made_in_the_tile(self, kernel, kind, n):
         dtype = DTYPE[kernel]

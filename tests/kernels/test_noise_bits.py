@@ -134,6 +134,7 @@ def test_bf16_keeps_a_gaussian():
     assert values.dtype.itemsize == np.dtype(ml_dtypes.bfloat16).itemsize
 
 
+@pytest.mark.slow
 def test_no_two_addresses_share_words_and_neighbours_are_uncorrelated():
     generations, leaves, members = np.meshgrid(np.arange(100), np.arange(100), np.arange(100), indexing="ij")
     key = (0, 1, leaves.ravel().astype(np.uint32), generations.ravel().astype(np.uint32))

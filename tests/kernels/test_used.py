@@ -115,6 +115,7 @@ def test_kernels_inside_a_shard_map():
     assert "tensor<16x1x512xf32>" in module  # a quarter of the members
 
 
+@pytest.mark.slow
 def test_the_scorer_and_its_gradient(switched):
     model = make(preset("tiny-transformer", vocab=40, layers=1))
     params = model.init(jax.random.key(0))

@@ -63,6 +63,7 @@ def doubled(name):
     return prepared(name, dtype="float64")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "moe", "rwkv7"])
 def test_equals_the_loss_written_out_with_full_logits(name):
     with jax.enable_x64(True):
@@ -127,6 +128,7 @@ def test_it_is_not_a_mean_of_means():
         assert max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (mean, whole)), strict=True)) > 1e-4
 
 
+@pytest.mark.slow
 def test_masked_tokens_leave_no_trace_whatever_their_credit():
     model, params, _ = prepared("qwen3")
     run, data = estimator(model, CLIP), rows()
@@ -325,6 +327,7 @@ def test_the_two_pass_form_of_vcpo_equals_two_buffers():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * scale), got.gradient, expected)
 
 
+@pytest.mark.slow
 def test_a_step_along_it_raises_the_objective():
     model, params, _ = prepared("qwen3")
     run = estimator(model, Objective(shape="ratio"))

@@ -33,6 +33,7 @@ def alone():
     return steps(None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "population": 2}], ids=str
 )

@@ -48,6 +48,7 @@ def found(output):
     return json.loads(output.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_bits_of_one():
     ((status, alone, errors),) = launch(1)
     assert status == 0, errors

@@ -90,6 +90,7 @@ def test_uninterrupted_run_writes_every_step_exactly(uninterrupted):
     assert config["layers"] == [3, 4] and config["optimizer"] == {"b1": 0.9, "name": "adam"}
 
 
+@pytest.mark.slow
 def test_killed_three_times_ends_bit_equal(uninterrupted, tmp_path):
     workdir, rng = tmp_path / "run", random.Random(int(time.time()))
     metrics = workdir / "metrics.jsonl"

@@ -118,6 +118,7 @@ def test_collected_transitions(max_steps, end, terminal):
     np.testing.assert_array_equal(state.total, [1.0, 1.0])
 
 
+@pytest.mark.slow
 def test_observations_are_normalised_and_counted():
     env = clock_env(3, 99)
     policy, critic = Policy(env.action, hidden=(4,), stochastic=True), MLP(1, hidden=(4,))
@@ -131,6 +132,7 @@ def test_observations_are_normalised_and_counted():
     assert all(np.isfinite(value) for value in metrics.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("box", [False, True])
 def test_learns_a_bandit(box):
     """The best of two arms; the best point, 0.5, of a line."""

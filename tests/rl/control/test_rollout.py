@@ -28,6 +28,7 @@ def by_hand(name, choose, key, limit=None):
     return total, np.array(seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "limit"), [("CartPole-v1", None), ("Pendulum-v1", None), ("Acrobot-v1", 40)])
 def test_episode_equals_a_python_loop(name, limit):
     env = envs.make(name, max_steps=limit)
@@ -80,6 +81,7 @@ def test_what_happens_after_the_end_leaves_no_trace():
     assert (int(alone.length), float(alone.total)) == (int(together.length[0]), float(together.total[0]))
 
 
+@pytest.mark.slow
 def test_members_in_nested_vmaps_share_the_randomness_of_an_episode():
     """Stochastic policies with equal parameters and the same episode key do the same, whatever the layout."""
     env = envs.make("CartPole-v1", max_steps=60)

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rl import estimate as estimates
@@ -15,6 +16,7 @@ OBJECTIVE = Objective(low=0.2, high=0.3, kl=0.1, kl_estimator="k2", entropy=0.05
 ROW = 16  # tokens of a row, which every degree divides
 
 
+@pytest.mark.slow
 def test_the_gradient_does_not_depend_on_the_groups():
     model, params, _ = prepared("llama")
     run = jax.jit(lambda params, batch: estimates.estimate(model, params, batch, OBJECTIVE, block=8)[0].gradient)

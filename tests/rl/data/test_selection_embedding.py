@@ -44,6 +44,7 @@ def test_blocks_and_order_do_not_matter(prepared, block):
     np.testing.assert_allclose(embed(model, params, IDS[::-1], block=block), whole[::-1], atol=2e-6)
 
 
+@pytest.mark.slow
 def test_half_precision_models_give_f32_means():
     model = model_of("tiny-transformer", "bfloat16")
     params = model.init(jax.random.key(3))

@@ -148,6 +148,7 @@ def test_baselines_of_least_variance_see_penalised_rewards(norms):
     close(metrics["objective"], terms.mean(), 1e-4)
 
 
+@pytest.mark.slow
 def test_scaling_steps_leaves_the_rate_and_the_optimizer_alone():
     """VCPO: the same batch twice is scaled the same, and what the optimizer keeps is of unscaled gradients."""
     _, params = start()
@@ -163,6 +164,7 @@ def test_scaling_steps_leaves_the_rate_and_the_optimizer_alone():
     trees_close(state.opt_state, plain_state.opt_state, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_log_ratios_of_a_thousand_leave_numbers_finite(sign):
     _, params = start()
@@ -177,6 +179,7 @@ def test_log_ratios_of_a_thousand_leave_numbers_finite(sign):
         assert all(np.isfinite(x) for x in metrics.values()) and metrics["skipped"] == 0
 
 
+@pytest.mark.slow
 def test_without_replay_and_selection_dots_rr_is_grpo():
     """sigma = 1: nothing is drawn from the buffer, and around a policy that is the sampler's the two objectives are one."""
     _, params = start()
@@ -213,6 +216,7 @@ def test_answers_come_from_exactly_the_policy_of_k_steps_ago(k):
     assert len({np.asarray(jax.tree.leaves(p)[0]).tobytes() for p in past}) == 8  # all of them differ
 
 
+@pytest.mark.slow
 def test_reincarnation_renews_the_reference_and_ends_the_epochs():
     method = made(settings(epochs=2, reincarnation=2, kl_convex=True))
     state, metrics = method.init(start()[1]), []

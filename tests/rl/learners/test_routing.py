@@ -64,6 +64,7 @@ def test_r3_forces_what_the_sampler_used_in_the_update_and_in_the_proximal_pass(
         method.learn(method.init(params), recorded, groups)
 
 
+@pytest.mark.slow
 def test_r2_forces_the_experts_of_the_parameters_the_step_starts_from():
     """In the first update they are the router's own, so nothing changes there: in the plain computation it is free."""
     model, params = start(MOE)

@@ -137,6 +137,7 @@ def test_there_and_back(name):
     assert again == config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(checkpoints.TRANSFORMERS))
 def test_transformers_reads_what_we_write(name):
     transformers = pytest.importorskip("transformers", reason="needs pip install 'eggroll-jax[reference]'")

@@ -43,6 +43,7 @@ def test_parameter_counts(name, expected):
         assert expected == rwkv7_parameters(c.width, c.layers, c.vocab, *ranks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3-0.6b", "rwkv7-0.1b"])
 def test_published_sizes_run_in_both_layouts(name):
     """Traced, not run: one cached step of the published size, layers scanned and not."""
@@ -57,6 +58,7 @@ def test_published_sizes_run_in_both_layouts(name):
         assert (logits.shape, logits.dtype) == ((1, model.config.vocab), jnp.float32)
 
 
+@pytest.mark.slow
 def test_every_preset_can_be_changed_and_made():
     for name in PRESETS:
         assert make(preset(name, vocab=8)).config.vocab == 8

@@ -33,6 +33,7 @@ def layouts(name):
     return (False, True) if "mixed" not in name else (False,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(checkpoints.CONFIGS))
 def test_stored_logits(name, tmp_path):
     reference = json.loads(checkpoints.REFERENCE.read_text())
@@ -116,6 +117,7 @@ def stories(request):
     return load(STORIES, scan_layers=request.param), reference["prompts"]
 
 
+@pytest.mark.slow
 def test_stories_logits_and_log_probs(stories):
     (model, params, _), prompts = stories
     for prompt in prompts:

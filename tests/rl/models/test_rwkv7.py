@@ -178,6 +178,7 @@ def test_the_state_has_the_published_size_and_no_length():
         assert sum(x.size for x in jax.tree.leaves(state)) == 24 * (2 * 2048 + 2048 * 64)
 
 
+@pytest.mark.slow
 def test_a_key_of_zero_makes_no_nan():
     """|kk| has a floor, in the value and in the gradient."""
     model, params, ids = prepared("rwkv7")

@@ -67,6 +67,7 @@ def test_a_segment_sees_nothing_of_the_others_nor_of_padding(name):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "rwkv7"])
 def test_gradients_are_the_sum_of_those_of_each_segment_alone(name):
     with jax.enable_x64(True):
@@ -137,6 +138,7 @@ def test_bad_input(name):
         model.forward(params, tokens, model.empty(20), segments=places)
 
 
+@pytest.mark.slow
 def test_rows_beyond_a_dynamic_rotary_embedding_are_refused():
     config = dataclasses.replace(SHAPES["llama"], rope=Rope("dynamic", factor=2.0), max_length=18)
     model = make(config)

@@ -97,6 +97,7 @@ def test_an_empty_tree_is_fine(name):
     assert updates == {}
 
 
+@pytest.mark.slow
 def test_frozen_leaves_stay_and_do_not_decay():
     rows = functools.partial(optim.frugal, projection="rows")
     for maker in (rows, functools.partial(optim.galore, rank=2), optim.adam_mini, optim.adam8bit):

@@ -179,6 +179,7 @@ def evolved():
     return jax.jit(gradient)
 
 
+@pytest.mark.slow
 @every
 def test_it_takes_the_estimates_of_evolution(name):
     tx, step = stepper(name)

@@ -241,6 +241,7 @@ def test_adam_mini_divides_a_head_by_one_number():
     assert optim.report(tx, params).total == 4 * (24 + 2) + 5 * 4  # five groups count steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signed", (False, True))
 def test_eight_bit_codes(signed):
     book = BOOKS[signed]
@@ -306,6 +307,7 @@ def test_ldadam_of_full_rank_loses_nothing_of_its_momentum():
         np.testing.assert_allclose(state.basis["w"] @ state.mu["w"], mean, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_comes_from_optax_is_as_published():
     """Lion moves by 0 or 1, a rank-one square is factored without loss, SM3 bounds the sum of squares, Muon levels spectra."""
     gradient = normal(6, 10).at[0, 0].set(0)

@@ -37,6 +37,7 @@ def holders():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ("frugal_columns", "adam_mini", "adam8bit"))
 def test_any_tree_has_the_steps_of_a_dict(name):
     tx = MAKERS[name](1e-2) if name != "adam8bit" else optim.adam8bit(1e-2)
@@ -195,6 +196,7 @@ def test_doubles_keep_f32_codes():
         assert kinds(after) == kinds(tx.init(params))
 
 
+@pytest.mark.slow
 def test_numbers_and_matrices_of_no_size():
     params = {"temperature": 1.0, "w": jnp.ones((0, 8)), "v": jnp.ones((8, 4))}
     for tx in (optim.frugal(0.1, projection="columns"), optim.adam_mini(0.1), optim.adam8bit(0.1)):

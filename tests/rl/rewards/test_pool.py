@@ -156,6 +156,7 @@ def test_order_is_kept_over_chunks_and_workers():
     assert [v.parts["answer"] for v in verdicts] == [float(i) for i in range(5000)]
 
 
+@pytest.mark.slow
 def test_16384_short_items_take_well_under_a_second():
     with Pool("rl.tasks.countdown:verify") as p:
         answer = {"numbers": [25, 3, 7], "target": 46, "uses": "all", "tags": False, "partial": {}}

@@ -144,6 +144,7 @@ def whole(sampling=None, **changes):
     return generate(model, settings, params, requests(), KEY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_sizes_change_nothing(name):
     model, params, _ = shallow()
@@ -184,6 +185,7 @@ def test_bf16_and_a_key_of_another_kind_run():
     assert np.abs(gap).max() < 0.1 and np.abs(gap).mean() < 0.02
 
 
+@pytest.mark.slow
 def test_stories_greedy_continuations():
     if not (STORIES / "model.safetensors").is_file():
         pytest.skip(f"no stories260K in {STORIES.parent} (set EGGROLL_DATA)")
@@ -484,6 +486,7 @@ def population(name, rank, kind=None):
     return es, es.init(params, jax.random.key(3)), model, settings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rank", "kind"),
     [
@@ -634,6 +637,7 @@ def test_ids_in_padding_are_no_mistake():
     same(generate(model, settings, params, column(prompt=np.where(padding, -100, asked.prompt))(asked), KEY), whole())
 
 
+@pytest.mark.slow
 def test_members_that_the_weights_do_not_have():
     es, state, model, settings = population("crossed", 1)
     drawn = jax.jit(es.draw)(state)

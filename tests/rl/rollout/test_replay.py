@@ -68,6 +68,7 @@ def test_forcing_the_record_is_bit_identical_and_reproduces_the_samplers_log_pro
     assert np.abs(run(params, ids, np.roll(experts, 1, axis=1)) - plain).max() > 0.05
 
 
+@pytest.mark.slow
 def test_the_learner_replays_what_the_sampler_recorded():
     """From the engine through packed rows to the log-probabilities of the learner, several sequences to a row."""
     model, params = prepared()
@@ -121,6 +122,7 @@ def gates(scores, forced, normalise=True):
     return module.apply({"params": params}, x, None if forced is None else jnp.array([forced]))[0][0]
 
 
+@pytest.mark.slow
 def test_gates_of_a_forced_set_by_hand():
     scores = jnp.array([2.0, 0.0, 1.0, -1.0, 0.5])
     np.testing.assert_allclose(gates(scores, None), [0.7310586, 0, 0.2689414, 0, 0], atol=1e-6)  # softmax(2, 1)

@@ -57,6 +57,7 @@ def close(got, expected, atol=2e-5):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol, rtol=0), tuple(got), tuple(expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_scores_are_the_log_softmax_of_each_sequence_and_zero_elsewhere(name):
     model, params, ids, lengths = prepared(name)
@@ -88,6 +89,7 @@ def test_padding_leaves_no_trace_whatever_it_holds(name):
     close([x[:, :13] for x in score(model, params, wider, lengths)], scores)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tied transformer", "rwkv7"])
 def test_gradients_of_masked_positions_are_exactly_zero(name):
     model, params, ids, lengths = prepared(name)

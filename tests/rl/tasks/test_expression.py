@@ -108,6 +108,7 @@ def test_equals_python_arithmetic(text):
     assert parse(text).value == expected
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None)
 @given(st.one_of(st.text(), st.text(alphabet="0123456789+-*/() =", max_size=300)), st.booleans())
 def test_any_text_is_an_expression_or_an_expression_error(text, signed):
