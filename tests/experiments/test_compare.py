@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,7 @@ def test_after_a_job_that_fails_none_is_started(tmp_path, monkeypatch):
 
     def run(workdir, config, seed):
         started.append((config, seed))
+        time.sleep(0.05)  # a job is longer than it takes to cancel the others
         raise subprocess.CalledProcessError(2, config)
 
     monkeypatch.setattr(compare, "run", run)
