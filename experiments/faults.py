@@ -185,10 +185,7 @@ def _kill_save(victim: Victim, folder: Path, rng: random.Random) -> Harm:
 
 def _kill_commit(victim: Victim, folder: Path, rng: random.Random) -> Harm:
     step, delay = rng.randint(1, victim.saves), rng.choice((0, 0, rng.uniform(0, 0.02)))
-    job = victim.start(folder)
-    until(lambda: (committed(folder) or [0])[-1] >= step, job, None)
-    until(lambda: False, job, delay)
-    _, output = job.kill()
+    output = _killed_after(victim, folder, step, delay)
     return Harm(f"{1000 * delay:.1f} ms after checkpoint {step} got its name", output)
 
 
@@ -203,11 +200,17 @@ def _kill_restore(victim: Victim, folder: Path, rng: random.Random) -> Harm:
 
 def _kill_at_checkpoint(victim: Victim, folder: Path, rng: random.Random, least: int) -> Harm:
     step, delay = rng.randint(least, max(least, victim.saves - 1)), rng.uniform(0, victim.saving)
+    output = _killed_after(victim, folder, step, delay)
+    return Harm(f"killed {1000 * delay:.1f} ms after step {step} was saved", output)
+
+
+def _killed_after(victim: Victim, folder: Path, step: int, delay: float) -> str:
+    """What a training printed that was killed so many seconds after the checkpoint of a step got its name."""
     job = victim.start(folder)
     until(lambda: (committed(folder) or [0])[-1] >= step, job, None)
     until(lambda: False, job, delay)
     _, output = job.kill()
-    return Harm(f"killed {1000 * delay:.1f} ms after step {step} was saved", output)
+    return output
 
 
 def _full_disk(victim: Victim, folder: Path, rng: random.Random) -> Harm:
