@@ -247,9 +247,14 @@ def test_a_sequence_sums_its_likelihoods_and_forgets_at_document_starts():
     assert np.any(twin.sequence(weights, first, [66], [67])[1] != twin.sequence(weights, -first, [66], [67])[1])
 
 
-def test_parameter_count():
-    sizes = [w.size for _, w in flat(twin.initial(np.random.default_rng(0), 256, 6))]
-    assert sum(sizes) == 4_856_064 == 513 * 256 + 6 * (4 * 256 + 12 * 256**2)
+def test_initial_weights():
+    weights = twin.initial(np.random.default_rng(0), 256, 6)
+    leaves = [w for _, w in flat(weights)]
+    assert sum(w.size for w in leaves) == 4_856_064 == 513 * 256 + 6 * (4 * 256 + 12 * 256**2)
+    assert {w.dtype for w in leaves} == {np.dtype(np.int8)}
+    second = np.mean(np.concatenate([w.ravel() for w in leaves if w.ndim == 2]).astype(float) ** 2)
+    assert abs(second - 256 - 1 / 12) < 5 * 362 / math.sqrt(4_850_000)  # rounded; truncated it would be 243.6
+    assert np.all(weights["norm"] == 16) and not weights["blocks"][5]["gru"]["bf"].any()
 
 
 def test_saturated_weights_never_leave_the_range():

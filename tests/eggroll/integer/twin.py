@@ -177,16 +177,16 @@ def token(weights: dict, state: Any, byte: int, faithful: bool = True) -> tuple[
 
 def initial(rng: np.random.Generator, width: int, layers: int, vocabulary: int = 256) -> dict:
     """Weights before training, int8: matrices round(16 * N(0, 1)), norms 16, biases 0."""
-    matrix = lambda rows, columns: np.rint(16 * rng.standard_normal((rows, columns))).astype(np.int8)
-    one, zero = np.full(width, 16, np.int8), np.zeros(width, np.int8)
+    matrix = lambda rows, columns: clip(np.rint(16 * rng.standard_normal((rows, columns))).astype(int)).astype(np.int8)
+    one, zero = lambda: np.full(width, 16, np.int8), lambda: np.zeros(width, np.int8)
 
     def layer():
-        gru = {name: matrix(width, width) for name in ("Wf", "Uf", "Wh", "Uh")} | {"bf": zero, "bh": zero}
+        gru = {name: matrix(width, width) for name in ("Wf", "Uf", "Wh", "Uh")} | {"bf": zero(), "bh": zero()}
         mlp = {"up": matrix(4 * width, width), "down": matrix(width, 4 * width)}
-        return {"norm_1": one, "gru": gru, "norm_2": one, "mlp": mlp}
+        return {"norm_1": one(), "gru": gru, "norm_2": one(), "mlp": mlp}
 
     blocks = [layer() for _ in range(layers)]
-    return {"embed": matrix(vocabulary, width), "blocks": blocks, "norm": one, "head": matrix(vocabulary, width)}
+    return {"embed": matrix(vocabulary, width), "blocks": blocks, "norm": one(), "head": matrix(vocabulary, width)}
 
 
 # ---- the loss -------------------------------------------------------------------------------------------------------
