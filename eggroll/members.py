@@ -120,7 +120,7 @@ def map_members(
     Returns:
         The tree `member` returns, with leading axis N.
     """
-    signs = jnp.array([1.0, -1.0][: population.signs], jnp.float32)
+    signs = jnp.array([1, -1][: population.signs], jnp.int32)
     own = 0 if per_member else None
 
     def over(fn, axes, size):  # the size, because a tree of frozen or absent parts has nothing to map

@@ -83,8 +83,8 @@ def antithetic(members: int) -> Population:
     return Population(blocks=members // 2, rows=1, columns=1, signs=2)
 
 
-def crossed(members: int, blocks: int = 1, rows: int | None = None) -> Population:
-    """N members as `blocks` grids of P rows x Q columns: P + Q factors serve P*Q members.
+def crossed(members: int, blocks: int = 1, rows: int | None = None, signs: int = 1) -> Population:
+    """N members as `blocks` grids of P rows x Q columns: P + Q factors serve P*Q members, or with signs 2*P*Q.
 
     Second moment for a linear objective, m x n weight, Gaussian factors, one block:
     E|g|^2 = (1 + (m+1)/P)(1 + (n+1)/Q)|G|^2, against about (1 + mn/N)|G|^2 for independent members.
@@ -92,20 +92,24 @@ def crossed(members: int, blocks: int = 1, rows: int | None = None) -> Populatio
     Args:
         members: N, over all blocks.
         blocks: independent grids the members are divided among.
-        rows: P; by default the largest divisor of N/blocks not above its square root.
+        rows: P; by default the largest divisor of N/(blocks*signs) not above its square root.
+        signs: 2: each of the P*Q directions at +sigma and -sigma.
 
     Raises:
-        ValueError: N is not blocks * P * Q with P, Q >= 2.
+        ValueError: N is not blocks * P * Q * signs with P, Q >= 2.
     """
-    if blocks < 1 or members < blocks or members % blocks:
-        raise ValueError(f"N must divide into the blocks: {members} members in {blocks} blocks")
-    per_block = members // blocks
+    parts = blocks * signs
+    if blocks < 1 or signs not in (1, 2) or members < parts or members % parts:
+        raise ValueError(
+            f"N must divide into blocks and 1 or 2 signs: {members} members, {blocks} blocks, {signs} signs"
+        )
+    per_block = members // parts
     if rows is None:
         rows = max(p for p in range(1, math.isqrt(per_block) + 1) if per_block % p == 0)
     if rows < 2 or per_block % rows or per_block // rows < 2:
         nearest = math.isqrt(per_block)
         raise ValueError(
             f"a crossed block is P x Q members with P, Q >= 2; {per_block} members per block do not make {rows} rows; "
-            f"use for example {blocks * max(nearest, 2) ** 2} members, or eggroll.independent({members})"
+            f"use for example {parts * max(nearest, 2) ** 2} members, or eggroll.independent({members})"
         )
-    return Population(blocks=blocks, rows=rows, columns=per_block // rows, signs=1)
+    return Population(blocks=blocks, rows=rows, columns=per_block // rows, signs=signs)

@@ -21,6 +21,8 @@ from eggroll.noise import path_name
 from eggroll.population import Population
 
 Layout = Sequence[tuple[str, PartitionSpec]]
+ALIKE = ("blocks", "columns", "rows")  # chunks of members have the same shapes on any number of devices
+CONTIGUOUS = ("blocks", "rows", "columns")  # a device has members next to each other, so that their order costs nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +76,14 @@ class Division:
         return grid.transpose(0, 3, 1, 4, 2, 5, *rest).reshape(self.population.size, *x.shape[2:])
 
 
-def divide(population: Population, devices: int) -> Division:
-    """Cuts blocks first, then columns, then rows: chunks of members then have the same shapes on any number of devices.
+def divide(population: Population, devices: int, order: Sequence[str] = ALIKE) -> Division:
+    """Cuts the axes of the grid in this order, `ALIKE` or `CONTIGUOUS`.
 
     Raises:
         ValueError: the grid does not divide over the devices.
     """
     left, ways = devices, {}
-    for name in ("blocks", "columns", "rows"):
+    for name in order:
         ways[name] = math.gcd(getattr(population, name), left)
         left //= ways[name]
     if left > 1:
@@ -111,17 +113,29 @@ def check(population: Population, mesh: Mesh, axes: Sequence[str]) -> None:
     divide(population, count(mesh, axes))
 
 
-def evaluate(some: Callable, population: Population, mesh: Mesh, axes: Sequence[str], state, batch, per_member: bool):
+def evaluate(
+    some: Callable,
+    population: Population,
+    mesh: Mesh,
+    axes: Sequence[str],
+    state,
+    batch,
+    per_member: bool,
+    order: Sequence[str] = ALIKE,
+    gather: bool = True,
+):
     """Every device evaluates its own members; their scores are then gathered, once, and further results stay where they are.
 
     Args:
         some: (state, batch, population, (row ids, column ids)) -> (scores, aux) of these members, leading axis n.
         batch: of all members; with `per_member`, leading axis N.
+        order: see `divide`.
+        gather: False: scores stay where they are, too.
 
     Returns:
         (scores, aux), leading axis N.
     """
-    division, spread = divide(population, count(mesh, axes)), PartitionSpec(axes)
+    division, spread = divide(population, count(mesh, axes), order), PartitionSpec(axes)
 
     def own(device, state, batch):
         batch = jax.tree.map(lambda x: x[0], batch) if per_member else batch
@@ -130,7 +144,8 @@ def evaluate(some: Callable, population: Population, mesh: Mesh, axes: Sequence[
 
     run = per_device(own, mesh, axes, (PartitionSpec(), spread if per_member else PartitionSpec()), spread)
     scores, aux = run(state, jax.tree.map(division.by_device, batch) if per_member else batch)
-    scores = lax.with_sharding_constraint(scores, NamedSharding(mesh, PartitionSpec()))
+    if gather:
+        scores = lax.with_sharding_constraint(scores, NamedSharding(mesh, PartitionSpec()))
     return division.by_member(scores), jax.tree.map(division.by_member, aux)
 
 

@@ -13,6 +13,7 @@ import optax.contrib
 from jax.sharding import Mesh
 
 import eggroll
+from eggroll import integer
 from rl import mesh as meshes
 from rl import optim
 from rl.config import ConfigError, flatten
@@ -27,6 +28,7 @@ from rl.objectives.presets import PRESETS
 from rl.objectives.weights import Weight
 from rl.rewards.judge import mean_reward, pass_at
 
+EVOLUTION_IN_INTEGERS = "integer"
 EVOLUTION = {"eggroll": "low-rank noise", "openes": "full-rank noise"}
 FITNESS = {"mean": lambda c: mean_reward, "pass_at": lambda c: functools.partial(pass_at, c.k)}
 
@@ -165,6 +167,33 @@ def strategy(
             shaping=choose("es.shaping", c.shaping, SHAPINGS),
             chunk=c.chunk or None,
             **({} if devices is None else {"mesh": devices, "axes": meshes.SPREAD, "layout": meshes.LAYOUT}),
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def integer_strategy(config: ml_collections.ConfigDict) -> integer.Strategy:
+    """The integer evolution strategy of `config.es` (`configs/egg_bytes.py`) on the devices of `config.mesh`.
+
+    Raises:
+      ConfigError: an unknown name, or settings that do not fit together.
+    """
+    c, devices = config.es, mesh(config)
+    populations = {
+        "antithetic": lambda: eggroll.antithetic(c.members),
+        "crossed": lambda: eggroll.crossed(c.members, blocks=c.blocks, signs=2),
+    }
+    try:
+        return integer.strategy(
+            population=choose("es.population", c.population, populations)(),
+            alpha=integer.threshold.schedule(c.alpha, c.alpha_decay, config.steps),
+            sigma_shift=c.sigma_shift,
+            noise=c.noise,
+            momentum=c.momentum,
+            faithful=c.faithful,
+            chunk=c.chunk or None,
+            mesh=devices,
+            axes=None if devices is None else meshes.SPREAD,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -3,14 +3,14 @@
     python -m experiments.pretrain --config=configs/digits.py --workdir=runs/digits
     python -m experiments.pretrain --config=configs/digits.py:backprop --workdir=runs/digits_backprop
     python -m experiments.pretrain --config=configs/pretrain_bytes_adamw.py --workdir=runs/bytes_adamw
+    python -m experiments.pretrain --config=configs/egg_bytes.py --workdir=runs/egg
 
-The task gives the network, the arrays and a score per example; the method turns scores into an update. All methods and
-optimizers see the same minibatches: they depend on the seed and the step alone.
+The task (`experiments.pretrain_tasks`) gives the network, the arrays and a score; the method turns scores into an update. All
+methods and optimizers see the same minibatches: they depend on the seed and the step alone.
 """
 
 import functools
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,44 +18,23 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-from flax import nnx
 
+from eggroll import integer
 from experiments import build, plot
+from experiments.pretrain_tasks import TASKS, Batch, Metrics, Task
 from rl.config import ConfigError
-from rl.data import bytes as byte_data
 from rl.learners.types import tree_bytes
-from rl.models.presets import make
-from rl.models.transformer import TransformerConfig
 from rl.run import Run, launch
 
-Batch = Mapping[str, jax.Array]  # every array [B, ...]
-Metrics = dict[str, jax.Array]
 Step = Callable[[Any, Batch], tuple[Any, Metrics]]
-_EVALUATED = 32  # rows at a time
 
 
-class Task(NamedTuple):
-    """What is learned; pure functions of the parameters."""
+class Method(NamedTuple):
+    """How scores become updates."""
 
-    params: Any
-    train: Batch  # what minibatches are made from
-    test: Batch  # held-out rows
-    score: Callable[[Any, Batch], jax.Array]  # (params, one row of a batch) -> scalar, higher is better
-    batch: Callable[[Batch, jax.Array], Batch]  # (train, step) -> rows
-    measure: "Measure"
-    correct: Callable[[Any, Batch], jax.Array] | None = None  # (params, one row) -> bool, if a row has one right answer
-    rules: tuple[tuple[str, str], ...] = ()  # of eggroll, where the parameters need some
-    unit: tuple[str, int] = ("examples", 1)  # of work, and how many a row has
-    about: Mapping[str, Any] = {}  # what else the result says of the data
-
-
-class Measure(NamedTuple):
-    """How well unperturbed parameters do."""
-
-    evaluate: Callable[[Task, Any], Metrics]
-    metric: str  # the one of these that is the result
-    words: str  # for that, in the unit of the result
-    scale: float  # result = scale * metric
+    state: Any  # at step 0, with `params` and `opt_state`
+    step: Step  # (state, batch) -> (state, metrics)
+    readable: Callable[[Metrics], Metrics] = lambda metrics: metrics  # what is recorded of them
 
 
 class BackpropState(NamedTuple):
@@ -63,117 +42,76 @@ class BackpropState(NamedTuple):
 
     params: Any
     opt_state: optax.OptState
+    carry: Any = None  # what rows remember
 
 
-class MLP(nnx.Module):
-    """Fully connected ReLU network, He-initialised."""
+class IntegerState(NamedTuple):
+    """What evolution in integers carries from step to step."""
 
-    def __init__(self, widths: tuple[int, ...], rngs: nnx.Rngs) -> None:
-        """Layers from `widths[0]` inputs to `widths[-1]` outputs."""
-        init = nnx.initializers.he_normal()
-        self.layers = nnx.List(
-            [nnx.Linear(m, n, kernel_init=init, rngs=rngs) for m, n in zip(widths[:-1], widths[1:], strict=True)]
-        )
+    es: integer.State
+    carry: Any  # what members remember, [N, ...]
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., widths[0]] -> [..., widths[-1]]."""
-        for layer in self.layers[:-1]:
-            x = nnx.relu(layer(x))
-        return self.layers[-1](x)
+    @property
+    def params(self) -> Any:
+        """int8."""
+        return self.es.params
 
-
-def digits(config: ml_collections.ConfigDict) -> Task:
-    """Handwritten digits bundled with scikit-learn: 1,797 images of 8 x 8 pixels, 10 classes.
-
-    The split is stratified and always the same, 1,437 images to train on and 360 to test on; pixels are scaled to
-    [0, 1]. The score is log p(label | image), so its mean is minus the cross-entropy in nats.
-    """
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise ConfigError("config.task = 'digits' needs scikit-learn: pip install 'eggroll-jax[digits]'") from error
-
-    images, labels = load_digits(return_X_y=True)
-    train_test = train_test_split(
-        (images / 16).astype(np.float32), labels.astype(np.int32), test_size=360, stratify=labels, random_state=0
-    )
-    train_images, test_images, train_labels, test_labels = map(jnp.asarray, train_test)
-    widths = (64, *(config.width,) * config.hidden_layers, 10)
-    graph, params = nnx.split(MLP(widths, nnx.Rngs(config.seed)))
-
-    def logits(params: Any, row: Batch) -> jax.Array:
-        return nnx.merge(graph, params)(row["image"])
-
-    def score(params: Any, row: Batch) -> jax.Array:
-        return jax.nn.log_softmax(logits(params, row))[row["label"]]
-
-    def correct(params: Any, row: Batch) -> jax.Array:
-        return jnp.argmax(logits(params, row)) == row["label"]
-
-    train = {"image": train_images, "label": train_labels}
-    return Task(
-        params,
-        train,
-        {"image": test_images, "label": test_labels},
-        score,
-        lambda data, step: minibatch(data, config.seed, step, config.batch),
-        Measure(accuracies, "test_accuracy", "test accuracy in %", 100.0),
-        correct,
-    )
+    @property
+    def opt_state(self) -> Any:
+        """int16 momentum, or None."""
+        return self.es.momentum
 
 
-def byte_text(config: ml_collections.ConfigDict) -> Task:
-    """The next byte of Python source (`rl.data.bytes.standard_library`) under a transformer.
-
-    A row is a window of `config.window` + 1 bytes, anywhere in the training text; the score is the mean over all but the first
-    of log p(byte | bytes of the window before it) in nats.
-
-    Raises:
-      ConfigError: sizes that do not make a transformer, or windows that the text is too short for.
-    """
-    try:
-        corpus = byte_data.standard_library(config.train_bytes)
-        model = make(TransformerConfig(vocab=256, max_length=config.window, **config.model.to_dict()))
-        test = byte_data.spread(corpus.held_out, config.eval_windows, config.window + 1)
-        byte_data.spread(corpus.train, 1, config.window + 1)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"the task 'bytes' does not fit its config or its text: {error}") from error
-
-    def score(params: Any, row: Batch) -> jax.Array:
-        seen, following = row["bytes"][:-1].astype(jnp.int32), row["bytes"][1:].astype(jnp.int32)
-        hidden, _ = model.forward(params, seen)
-        logp = jax.nn.log_softmax(model.head(params, hidden))
-        return jnp.mean(jnp.take_along_axis(logp, following[:, None], axis=1))
-
-    def batch(data: Batch, step: jax.Array) -> Batch:
-        return {"bytes": byte_data.windows(data["bytes"], config.seed, step, config.batch, config.window + 1)}
-
-    return Task(
-        model.init(jax.random.fold_in(jax.random.key(config.seed), 2)),
-        {"bytes": jnp.asarray(corpus.train)},
-        {"bytes": jnp.asarray(test)},
-        score,
-        batch,
-        Measure(bits, "test_bits", "held-out bits per byte", 1.0),
-        rules=model.rules,
-        unit=("tokens", config.window),
-        about={"corpus": corpus.facts},
-    )
-
-
-def eggroll_method(config: ml_collections.ConfigDict, task: Task) -> tuple[Any, Step]:
+def eggroll_method(config: ml_collections.ConfigDict, task: Task) -> Method:
     """Low-rank evolution strategy: a member's fitness is its mean score over the minibatch."""
+    if task.carry is not None:
+        raise ConfigError(
+            f"config.method = {config.method!r} evolves models without memory; use 'integer' or 'backprop'"
+        )
     es = build.strategy(config, task.rules)
 
     def step(state: Any, batch: Batch) -> tuple[Any, Metrics]:
         return es.update(state, es.evaluate(state, task.score, batch))
 
-    return es.init(task.params, jax.random.key(config.seed)), step
+    return Method(es.init(task.params, jax.random.key(config.seed)), step)
 
 
-def backprop_method(config: ml_collections.ConfigDict, task: Task) -> tuple[BackpropState, Step]:
-    """Gradient of the mean score over the minibatch.
+def integer_method(config: ml_collections.ConfigDict, task: Task) -> Method:
+    """Evolution in integers: members carry what their rows remember; the compiled step has no float."""
+    if task.carry is None:
+        raise ConfigError(
+            f"config.method = {config.method!r} needs an integer task, 'streams'; got task {config.task!r}"
+        )
+    es = build.integer_strategy(config)
+    try:
+        rows = es.rows(config.batch)
+    except ValueError as error:
+        raise ConfigError(f"config.batch does not fit the population of config.es: {error}") from error
+    unit = integer.arithmetic.ONE * config.tokens * rows
+    size = sum(x.size for x in jax.tree.leaves(task.params))
+
+    def step(state: IntegerState, batch: Batch) -> tuple[IntegerState, Metrics]:
+        scores, carry = es.evaluate(state.es, task.score, state.carry, batch)
+        after, metrics = es.update(state.es, scores, _used(state.params, batch))
+        return IntegerState(after, carry), metrics
+
+    def readable(metrics: Metrics) -> Metrics:
+        share = {"fitness_mean": metrics["score_mean"] / unit, "moved_share": metrics["moved"] / size}
+        return share | {"ties": metrics["ties"], "limit": metrics["limit"]}
+
+    state = IntegerState(es.init(task.params, jax.random.key(config.seed)), es.carry(task.carry(rows)))
+    return Method(state, step, jax.jit(readable))
+
+
+def _used(params: Any, batch: Batch) -> Any:
+    """Which parameters a batch tells anything of: of the embedding, those of the bytes that it has."""
+    used = jax.tree.map(lambda x: jnp.ones((1,) * x.ndim, bool), params)
+    seen = jnp.zeros(params["embed"].shape[0], bool).at[batch["inputs"].reshape(-1)].set(True)
+    return used | {"embed": seen[:, None]}
+
+
+def backprop_method(config: ml_collections.ConfigDict, task: Task) -> Method:
+    """Gradient of the mean score over the minibatch; where rows remember, through one step, not into the one before.
 
     Raises:
       ConfigError: an optimizer that cannot take these parameters.
@@ -184,44 +122,28 @@ def backprop_method(config: ml_collections.ConfigDict, task: Task) -> tuple[Back
     except ValueError as error:
         raise ConfigError(f"config.optimizer does not fit the model: {error}") from error
 
-    def step(state: BackpropState, batch: Batch) -> tuple[BackpropState, Metrics]:
-        def loss(params: Any) -> jax.Array:
-            return -jnp.mean(jax.vmap(task.score, in_axes=(None, 0))(params, batch))
+    def loss(params: Any, carry: Any, batch: Batch) -> tuple[jax.Array, Any]:
+        if carry is None:
+            return -jnp.mean(jax.vmap(task.score, in_axes=(None, 0))(params, batch)), None
+        total, carry = task.score(params, carry, batch)
+        return -total / (integer.arithmetic.ONE * config.batch * config.tokens), carry
 
-        value, gradient = jax.value_and_grad(loss)(state.params)
+    def step(state: BackpropState, batch: Batch) -> tuple[BackpropState, Metrics]:
+        (value, carry), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, state.carry, batch)
         updates, opt_state = tx.update(gradient, state.opt_state, state.params)
         metrics = {"fitness_mean": -value, "gradient_norm": optax.tree.norm(gradient)}
-        return BackpropState(optax.apply_updates(state.params, updates), opt_state), metrics
+        return BackpropState(optax.apply_updates(state.params, updates), opt_state, carry), metrics
 
-    return BackpropState(task.params, opt_state), step
-
-
-TASKS = {"digits": digits, "bytes": byte_text}
-METHODS = {"eggroll": eggroll_method, "backprop": backprop_method}
+    carry = None if task.carry is None else task.carry(config.batch)
+    return Method(BackpropState(task.params, opt_state, carry), step)
 
 
-def minibatch(data: Batch, seed: int, step: jax.Array, size: int) -> Batch:
-    """`size` rows drawn with replacement; a pure function of (seed, step)."""
-    rows = next(iter(data.values())).shape[0]
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), step)
-    index = jax.random.randint(key, (size,), 0, rows)
-    return {name: array[index] for name, array in data.items()}
+METHODS = {"eggroll": eggroll_method, build.EVOLUTION_IN_INTEGERS: integer_method, "backprop": backprop_method}
 
 
-def accuracy(task: Task, params: Any, data: Batch) -> jax.Array:
-    """Fraction of rows that the unperturbed parameters get right."""
-    return jnp.mean(jax.vmap(task.correct, in_axes=(None, 0))(params, data).astype(jnp.float32))
-
-
-def accuracies(task: Task, params: Any) -> Metrics:
-    """`accuracy` on both parts of the data."""
-    return {"train_accuracy": accuracy(task, params, task.train), "test_accuracy": accuracy(task, params, task.test)}
-
-
-def bits(task: Task, params: Any) -> Metrics:
-    """Minus the mean score of the held-out rows, in bits; lower is better."""
-    score = jax.lax.map(functools.partial(task.score, params), task.test, batch_size=_EVALUATED)
-    return {"test_bits": -jnp.mean(score) / math.log(2)}
+def train_step(method: Method, task: Task) -> Callable[[Any, Batch, jax.Array], tuple[Any, Metrics]]:
+    """The compiled step: (state, which is donated, the task's arrays, number of the step) -> (state, metrics)."""
+    return jax.jit(lambda state, train, number: method.step(state, task.batch(train, number)), donate_argnums=0)
 
 
 def train(config: ml_collections.ConfigDict, workdir: str, tensorboard: bool = False) -> dict[str, Any]:
@@ -229,13 +151,10 @@ def train(config: ml_collections.ConfigDict, workdir: str, tensorboard: bool = F
     build.require(config, "task", "method")
     build.check(config)
     task = build.choose("task", config.task, TASKS)(config)
-    state, method_step = build.choose("method", config.method, METHODS)(config, task)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: Any, train: Batch, number: jax.Array) -> tuple[Any, Metrics]:
-        return method_step(state, task.batch(train, number))
-
+    method = build.choose("method", config.method, METHODS)(config, task)
+    state, step = method.state, train_step(method, task)
     evaluate = jax.jit(functools.partial(task.measure.evaluate, task))
+    sample = None if task.sample is None else jax.jit(task.sample)
     measure, (unit, per_row) = task.measure, task.unit
     run = Run(
         workdir,
@@ -244,8 +163,14 @@ def train(config: ml_collections.ConfigDict, workdir: str, tensorboard: bool = F
         save_every=config.save_every,
         unit=unit,
         show=("fitness_mean", measure.metric),
+        logs=() if sample is None else ("samples.jsonl",),
         tensorboard=tensorboard,
     )
+
+    def texts(params: Any, number: int) -> list[str]:
+        drawn = np.asarray(sample(params, np.int32(number)))
+        return [bytes(row).decode("utf-8", "backslashreplace") for row in drawn]
+
     with run:
         state = run.restore(state)
         facts = {"optimizer_bytes": tree_bytes(state.opt_state), **task.about}
@@ -254,9 +179,14 @@ def train(config: ml_collections.ConfigDict, workdir: str, tensorboard: bool = F
         while run.step < run.total_steps:
             number = run.step + 1
             state, metrics = step(state, task.train, np.int32(number))
+            metrics = method.readable(metrics)
             if number % config.eval_every == 0 or number == run.total_steps:
                 metrics |= evaluate(state.params)
+                if sample is not None:
+                    run.log("samples.jsonl", [{"step": number, "texts": texts(state.params, number)}])
             run.record(state, metrics, work=config.batch * per_row)
+        if sample is not None:
+            run.say(f"a sample: {texts(state.params, run.step)[0]!r}")
         values = {name: measure.scale * float(value) for name, value in evaluate(state.params).items()}
         score = values.pop(measure.metric)
         return run.finish(measure.words, score, task=config.task, method=config.method, **values, **facts)

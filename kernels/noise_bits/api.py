@@ -73,3 +73,23 @@ def signs(bits: jnp.ndarray, count: int) -> jnp.ndarray:
         f32 [..., count].
     """
     return reference.signs(bits, count)
+
+
+def gaussian_int8(bits: jnp.ndarray) -> jnp.ndarray:
+    """One near-Gaussian integer per word, 16 standing for 1: round(16 (popcount of 16 bits - 8 + uniform fill) / deviation).
+
+    In integers alone. Mean 0 exactly (complementing the word negates the value), |x| <= 67; for the variance, near 16^2, see
+    `eggroll.integer.noise.second_moment`.
+
+    Args:
+        bits: u32 [...].
+
+    Returns:
+        int8 [...].
+    """
+    return reference.gaussian_int8(bits)
+
+
+def signs_int8(bits: jnp.ndarray, count: int) -> jnp.ndarray:
+    """`signs` in units of 1/16: +16 (bit 0) or -16 (bit 1), int8 [..., count]."""
+    return reference.signs_int8(bits, count)

@@ -115,3 +115,18 @@ def signs(bits: jnp.ndarray, count: int) -> jnp.ndarray:
     sign = ((bits[..., None] >> bit) & np.uint32(1)) << np.uint32(31)
     ones = lax.bitcast_convert_type(sign | np.uint32(0x3F800000), jnp.float32)
     return ones.reshape(*bits.shape[:-1], bits.shape[-1] * 32)[..., :count]
+
+
+def gaussian_int8(bits: jnp.ndarray) -> jnp.ndarray:
+    """16 times a near-Gaussian, rounded; see `kernels.noise_bits.api.gaussian_int8`."""
+    count = lax.population_count(bits >> np.uint32(16)).astype(jnp.int32) - 8
+    fill = (bits & np.uint32(0xFFFF)).astype(jnp.int32) - (1 << 15)
+    odd = 2 * ((count << 16) + fill) + 1  # odd times odd is never half way between two integers: rounding is symmetric
+    return (odd * 1013 + (1 << 23) >> 24).astype(jnp.int8)
+
+
+def signs_int8(bits: jnp.ndarray, count: int) -> jnp.ndarray:
+    """+16 or -16 from single bits; see `kernels.noise_bits.api.signs_int8`."""
+    bit = lax.broadcasted_iota(jnp.uint32, (*bits.shape, 32), bits.ndim)
+    sign = ((bits[..., None] >> bit) & np.uint32(1)).astype(jnp.int8)
+    return (16 - 32 * sign).reshape(*bits.shape[:-1], bits.shape[-1] * 32)[..., :count]

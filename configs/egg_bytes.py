@@ -1,0 +1,81 @@
+"""A recurrent language model over bytes in pure integers, without gradients, and its f32 twin by backprop.
+
+    python -m experiments.pretrain --config=configs/egg_bytes.py --workdir=runs/egg
+    python -m experiments.pretrain --config=configs/egg_bytes.py:adamw --workdir=runs/egg_adamw
+
+Data: the source of the running Python's standard library, split by file (`rl.data.bytes`), or two files of your own:
+`--config.train_file`, `--config.held_out_file` (any bytes; `.npy` of u8; `.jsonl` with "text"). Read as `batch` streams side by
+side, `tokens` bytes of each a step; the recurrent state goes on from step to step. Model: `rl.models.egg`. The result is the
+held-out bits per byte of the unperturbed model; `reference_bits` are those of a unigram and a bigram model and of gzip.
+
+* `batch`, `tokens`, `eval_streams`: streams to train on, bytes a step, streams that the held-out text is cut into;
+* `es`: `population` (antithetic, crossed) of `members`, in `blocks` if crossed; noise of 2^-`sigma_shift`; `alpha`: share of
+  parameters that move where nothing can be learned, or above 1 a decay to 2^-alpha after `alpha_decay` steps
+  (`eggroll.integer.threshold.schedule`); `noise` (gaussian, rademacher), `momentum` and `faithful`: see
+  `eggroll.integer.strategy`; `chunk` members at a time (0: all);
+* `optimizer`: of backprop alone.
+"""
+
+import ml_collections
+
+from configs.base import mesh, optimizer, pick
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    """The recipe: pairs (default), crossed, momentum, faithful, or backprop with sgd or adamw."""
+    return pick(
+        variant,
+        {
+            "pairs": lambda: _integer(),
+            "crossed": lambda: _integer(population="crossed"),
+            "momentum": lambda: _integer(momentum=3),
+            "faithful": lambda: _integer(faithful=True),
+            "sgd": lambda: _backprop("sgd", 0.3),
+            "adamw": lambda: _backprop("adamw", 3e-3),
+        },
+    )
+
+
+def _integer(**changes: object) -> ml_collections.ConfigDict:
+    config = _common("integer")
+    defaults = {
+        "population": "antithetic",
+        "members": 4096,
+        "blocks": 1,
+        "sigma_shift": 4,
+        "alpha": 4.0,
+        "alpha_decay": 1000,
+        "noise": "gaussian",
+        "momentum": 0,
+        "faithful": False,
+        "chunk": 1024,
+    }
+    config.es = ml_collections.ConfigDict(defaults | changes)
+    config.mesh = mesh()
+    return config
+
+
+def _backprop(name: str, learning_rate: float) -> ml_collections.ConfigDict:
+    config = _common("backprop")
+    config.optimizer = optimizer(name=name, learning_rate=learning_rate)
+    return config
+
+
+def _common(method: str) -> ml_collections.ConfigDict:
+    return ml_collections.ConfigDict(
+        {
+            "task": "streams",
+            "method": method,
+            "seed": 0,
+            "steps": 300,
+            "batch": 16,
+            "tokens": 100,
+            "train_bytes": 0,
+            "train_file": "",
+            "held_out_file": "",
+            "eval_streams": 128,
+            "model": {"layers": 2, "width": 64, "expansion": 4, "faithful": False},
+            "save_every": 50,
+            "eval_every": 25,
+        }
+    )
