@@ -29,7 +29,7 @@ def plan(params: Any) -> tuple[Leaf, ...]:
 
     Raises:
         TypeError: a leaf that is not int8.
-        ValueError: a leaf that is neither matrix nor vector, or that holds -128.
+        ValueError: a leaf that is neither matrix nor vector.
     """
     leaves = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
@@ -80,6 +80,7 @@ def draw(leaves: Sequence[Leaf], key: Array, generation: Array, ids: Array, side
     return noise_bits.once(numbers, (first,), [words[i] for i in range(len(leaves))])
 
 
+@functools.cache
 def second_moment(kind: str) -> float:
     """E[x^2] of one number, exactly; of a product of two factors it is the standard deviation. Of the released noise the
     nominal 16^2, which its thresholds use (it is 243.2)."""
@@ -88,7 +89,8 @@ def second_moment(kind: str) -> float:
     count, fill = np.meshgrid(np.arange(17), np.arange(1 << 16), indexing="ij")
     ways = np.array([math.comb(16, k) for k in range(17)], np.int64)[:, None]
     word = ((1 << count) - 1 << 16 | fill).astype(np.uint32)
-    numbers = np.asarray(noise_bits.gaussian_int8(jnp.asarray(word)), np.int64)
+    with jax.ensure_compile_time_eval():
+        numbers = np.asarray(noise_bits.gaussian_int8(jnp.asarray(word)), np.int64)
     return int((ways * numbers**2).sum()) / 2**32
 
 
@@ -115,7 +117,6 @@ def released(leaves: Sequence[Leaf], key: Array, generation: Array, ids: Array, 
     normal is made of with bounds.
     """
     names = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
-    bounds = jnp.asarray(_bounds())
     drawn = []
     for leaf, name in zip(leaves, names, strict=True):
         word = jax.random.key_data(jax.random.fold_in(name, generation))[0]
@@ -135,9 +136,14 @@ def released(leaves: Sequence[Leaf], key: Array, generation: Array, ids: Array, 
             jax.random.key_data(key), jnp.concatenate([jnp.zeros(place.size, jnp.uint32), place.reshape(-1)])
         )
         bits = hashes[: place.size] ^ hashes[place.size :]
-        value = jnp.searchsorted(bounds, (bits >> 9).astype(jnp.int32), side="right") + int(_edges()[0])
-        drawn.append(value.astype(jnp.int8).reshape(place.shape))
+        drawn.append(table_number(bits).reshape(place.shape))
     return drawn
+
+
+def table_number(bits: Array) -> Array:
+    """The int8(16 normal) that `jax.random.normal` would make of u32 words."""
+    uniform = (bits >> 9).astype(jnp.int32)
+    return jnp.asarray(_edges(), jnp.int8)[jnp.searchsorted(jnp.asarray(_bounds()), uniform, side="right")]
 
 
 def hashed(pair: Array) -> Array:
@@ -159,6 +165,7 @@ def _values() -> np.ndarray:
 
 
 def _edges() -> np.ndarray:
+    """The values that occur."""
     return np.unique(_values()).astype(np.int32)
 
 

@@ -69,7 +69,7 @@ def released_limits(alphas: Sequence[float], pairs: int) -> np.ndarray:
 def step(weight: Array, z: Array, limit: Array, faithful: bool = False) -> Array:
     """w + sign(z) where |z| >= limit, clipped to [-127, 127]; zero sums change nothing, with `faithful` they count as -1."""
     direction = jnp.where(z > 0, 1, -1) if faithful else jnp.sign(z)
-    moved = weight + jnp.where(jnp.abs(z) >= limit, direction, 0)
+    moved = weight.astype(jnp.int32) + jnp.where(jnp.abs(z) >= limit, direction, 0)
     return jnp.clip(moved, -127, 127).astype(jnp.int8)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from experiments import build, compare, plot, pretrain
+from experiments import build, compare, plot, pretrain, pretrain_tasks
 from rl import config as config_lib
 from rl.data import bytes as byte_data
 from rl.models.presets import make
@@ -112,7 +112,7 @@ def test_evaluated_windows_do_not_overlap_and_span_the_text():
 @pytest.mark.parametrize("scan", [False, True])
 def test_score_is_the_mean_log_likelihood_of_the_next_byte(scan):
     config = load(f"model.scan_layers={scan}", "model.layers=2")
-    task = pretrain.byte_text(config)
+    task = pretrain_tasks.byte_text(config)
     text = np.asarray(task.test["bytes"][3]).astype(np.int32)
     assert text.shape == (17,)
     model = make(TransformerConfig(vocab=256, max_length=16, **config.model.to_dict()))
@@ -126,8 +126,8 @@ def test_score_is_the_mean_log_likelihood_of_the_next_byte(scan):
 
 
 def test_a_uniform_model_has_8_bits_and_any_model_the_mean_over_the_windows():
-    task = pretrain.byte_text(load("eval_windows=40"))
-    zero, bits = jax.tree.map(jnp.zeros_like, task.params), jax.jit(functools.partial(pretrain.bits, task))
+    task = pretrain_tasks.byte_text(load("eval_windows=40"))
+    zero, bits = jax.tree.map(jnp.zeros_like, task.params), jax.jit(functools.partial(pretrain_tasks.bits, task))
     assert float(bits(zero)["test_bits"]) == pytest.approx(8, rel=1e-6)
     mean = float(scores(task, task.test).mean())  # 40 windows: more than one batch of 32
     assert float(bits(task.params)["test_bits"]) == pytest.approx(-mean / np.log(2), rel=1e-5)
@@ -173,7 +173,7 @@ def test_an_interrupted_run_ends_with_the_same_metrics(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_evolution_and_every_optimizer_see_the_same_windows(tmp_path):
-    task, other = (pretrain.byte_text(load(f"optimizer.name={name}")) for name in ("adamw", "sgd"))
+    task, other = (pretrain_tasks.byte_text(load(f"optimizer.name={name}")) for name in ("adamw", "sgd"))
     batch = task.batch(task.train, 1)
     np.testing.assert_array_equal(batch["bytes"], other.batch(other.train, 1)["bytes"])
     expected = float(scores(task, batch).mean())

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import pretrain
+from experiments import pretrain, pretrain_tasks
 from rl import config as config_lib
 from rl.run import Run
 
@@ -25,8 +25,8 @@ def rows(workdir):
 
 
 def test_the_split_is_fixed_and_stratified():
-    task = pretrain.digits(load("eggroll"))
-    other = pretrain.digits(load("eggroll", "seed=5"))
+    task = pretrain_tasks.digits(load("eggroll"))
+    other = pretrain_tasks.digits(load("eggroll", "seed=5"))
     assert task.train["image"].shape == (1437, 64) and task.test["image"].shape == (360, 64)
     np.testing.assert_array_equal(task.test["image"], other.test["image"])
     # 20 % of 178 182 177 183 181 182 181 179 174 180 images per class
@@ -36,20 +36,20 @@ def test_the_split_is_fixed_and_stratified():
 
 
 def test_score_is_the_log_likelihood_of_the_label():
-    task = pretrain.digits(load("eggroll"))
+    task = pretrain_tasks.digits(load("eggroll"))
     zero = jax.tree.map(jnp.zeros_like, task.params)
     row = jax.tree.map(lambda x: x[0], task.train)
     np.testing.assert_allclose(task.score(zero, row), -np.log(10), rtol=1e-6)
     # all logits equal: argmax is class 0
     zeros = np.mean(np.asarray(task.test["label"]) == 0)
-    assert float(pretrain.accuracy(task, zero, task.test)) == pytest.approx(zeros, abs=1e-6)
+    assert float(pretrain_tasks.accuracy(task, zero, task.test)) == pytest.approx(zeros, abs=1e-6)
 
 
 def test_minibatches_depend_on_seed_and_step_alone():
     data = {"x": jnp.arange(1000)}
-    one = pretrain.minibatch(data, 3, 7, 64)["x"]
-    np.testing.assert_array_equal(one, jax.jit(lambda t: pretrain.minibatch(data, 3, t, 64)["x"])(7))
-    others = [pretrain.minibatch(data, 3, 8, 64)["x"], pretrain.minibatch(data, 4, 7, 64)["x"]]
+    one = pretrain_tasks.minibatch(data, 3, 7, 64)["x"]
+    np.testing.assert_array_equal(one, jax.jit(lambda t: pretrain_tasks.minibatch(data, 3, t, 64)["x"])(7))
+    others = [pretrain_tasks.minibatch(data, 3, 8, 64)["x"], pretrain_tasks.minibatch(data, 4, 7, 64)["x"]]
     assert all(np.mean(one == other) < 0.1 for other in others)
 
 
@@ -92,10 +92,10 @@ def test_bad_input_is_refused(tmp_path):
         load("eggroll", "es.sgima=0.1")
     with pytest.raises(config_lib.ConfigError, match="no key 'es.sigma'"):
         load("backprop", "es.sigma=0.1")
-    with pytest.raises(config_lib.ConfigError, match="unknown variant 'es'; known: eggroll, backprop"):
+    with pytest.raises(config_lib.ConfigError, match="unknown variant 'es'; known: eggroll, integer, backprop"):
         load("es")
     for override, message in {
-        "method=sgd": "unknown method 'sgd'; known: eggroll, backprop",
+        "method=sgd": "unknown method 'sgd'; known: eggroll, integer, backprop",
         "task=mnist": "unknown task 'mnist'; known: digits",
         "es.population=mirrored": "known: crossed, antithetic, independent",
         "es.shaping=rank": "known: zscore, centred_rank, pair_sign",

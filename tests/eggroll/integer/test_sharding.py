@@ -1,0 +1,91 @@
+"""Members over devices, bit for bit, what is sent, and programs without floats."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+import eggroll
+from eggroll import integer
+from rl.models import egg
+from tests.eggroll.integer.models import random_params, random_text
+from tests.eggroll.test_sharding import sent
+
+CONFIG = egg.EggConfig(layers=1, width=8, expansion=2)
+DESIGNS = {
+    "pairs": eggroll.antithetic(128),
+    "crossed": eggroll.crossed(128, rows=8, signs=2),
+    "blocks": eggroll.crossed(128, blocks=2, rows=8, signs=2),
+}
+_FLOAT = re.compile(r"\b(bf16|f16|f32|f64|f8\w+)\[")
+
+
+def score(weights, carry, rows):
+    return egg.log_likelihood(CONFIG, weights, carry, rows["inputs"], rows["targets"])
+
+
+def programs(design, count, **settings):
+    """(strategy, state, carry, batch, compiled evaluation, compiled update) on so many devices; None: without a mesh."""
+    mesh = None if count is None else Mesh(np.array(jax.devices()[:count]), ("members",))
+    es = integer.strategy(population=DESIGNS[design], alpha=0.5, mesh=mesh, chunk=16, **settings)
+    state, carry = es.init(random_params(CONFIG, 0), jax.random.key(1)), es.carry(egg.state(CONFIG, 1))
+    text = random_text(3, 4, 4)
+    batch = {"inputs": text[:, :-1], "targets": text[:, 1:]}
+    evaluate = jax.jit(lambda s, c, b: es.evaluate(s, score, c, b)).lower(state, carry, batch).compile()
+    update = jax.jit(es.update).lower(state, evaluate(state, carry, batch)[0]).compile()
+    return es, state, carry, batch, evaluate, update
+
+
+@functools.cache
+def run(design, count, momentum=0):
+    """What two generations end with."""
+    _, state, carry, batch, evaluate, update = programs(design, count, momentum=momentum)
+    for _ in range(2):
+        scores, carry = evaluate(state, carry, batch)
+        state, metrics = update(state, scores)
+    key = jax.random.key_data(state.key)
+    return jax.tree.map(np.asarray, (state.params, state.momentum, key, scores, carry, metrics))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [8, 1, 2, 4])
+@pytest.mark.parametrize("design", DESIGNS)
+def test_no_bit_depends_on_the_number_of_devices(design, count):
+    momentum = 2 if design == "pairs" else 0
+    expected = run(design, None, momentum)
+    assert any((leaf != 0).any() for leaf in jax.tree.leaves(expected[4]))
+    jax.tree.map(np.testing.assert_array_equal, run(design, count, momentum), expected)
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_one_bit_per_member_is_sent(design):
+    es, _, carry, _, evaluate, update = programs(design, 8)
+    assert sent(evaluate) == []
+    kinds = sent(update)
+    gathered = [size for kind, size in kinds if kind == "all-gather"]
+    assert gathered == [es.population.size // 8]  # bytes: two bits a pair
+    assert all(kind in ("all-gather", "all-reduce") for kind, _ in kinds)
+    assert sum(size for kind, size in kinds if kind == "all-reduce") <= 8  # of the mean score
+    assert {s.data.shape[0] for s in carry.addressable_shards} == {es.population.size // 8}
+
+
+@pytest.mark.parametrize("settings", [{}, {"momentum": 2}, {"noise": "rademacher"}, {"faithful": True}])
+def test_no_float_is_in_the_compiled_programs(settings):
+    *_, evaluate, update = programs("pairs", None, **settings)
+    for program in (evaluate, update):
+        assert not _FLOAT.findall(program.as_text())
+
+
+def test_floats_would_be_found():
+    text = jax.jit(lambda x: (x * 1.5).astype(jnp.int8)).lower(jnp.zeros(3, jnp.int8)).compile().as_text()
+    assert _FLOAT.findall(text)
+
+
+def test_populations_that_do_not_divide_over_the_devices():
+    mesh = Mesh(np.array(jax.devices()[:8]), ("members",))
+    with pytest.raises(ValueError, match="6 x 1 x 1 over 8"):
+        integer.strategy(population=eggroll.antithetic(12), alpha=0.5, mesh=mesh)

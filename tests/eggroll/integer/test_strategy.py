@@ -1,0 +1,324 @@
+"""Evaluation and update of the integer strategy against the NumPy twin, and bad input."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import eggroll
+from eggroll import integer
+from eggroll.integer import fitness, noise, threshold
+from eggroll.noise import LEFT, RIGHT
+from rl.models import egg
+from tests.eggroll.integer import twin
+from tests.eggroll.integer.models import assert_same, for_twin, random_params, random_text
+
+CONFIG = egg.EggConfig(layers=1, width=8, expansion=2)
+DESIGNS = {
+    "pairs": eggroll.antithetic(12),
+    "crossed": eggroll.crossed(24, rows=3, signs=2),
+    "blocks": eggroll.crossed(32, blocks=2, rows=2, signs=2),
+}
+SETTINGS = {"gaussian": {}, "rademacher": {"noise": "rademacher"}, "faithful": {"faithful": True}}
+
+
+def score(weights, carry, rows):
+    return egg.log_likelihood(CONFIG, weights, carry, rows["inputs"], rows["targets"])
+
+
+def text(size, tokens=5):
+    bytes_ = random_text(size, size, tokens + 1)
+    return {"inputs": bytes_[:, :-1], "targets": bytes_[:, 1:]}
+
+
+def make(population, **settings):
+    return integer.strategy(population=population, **{"alpha": 0.3, **settings})
+
+
+@functools.cache
+def evaluated(design, size, **settings):
+    """(strategy, state, what members carried, batch, scores, what they carry then)."""
+    es = make(DESIGNS[design], **settings)
+    state = es.init(random_params(CONFIG, 1), jax.random.key(5))
+    batch, rows = text(size), es.rows(size)
+    shape = (es.population.size, rows, CONFIG.layers, CONFIG.width)
+    carry = jnp.asarray(np.random.default_rng(2).integers(-127, 128, shape), jnp.int8)
+    return es, state, carry, batch, *jax.jit(lambda s, c, b: es.evaluate(s, score, c, b))(state, carry, batch)
+
+
+def row_of(population, member, size):
+    """The first row that a member sees, from its coordinates: blocks in turn, along a block's rows and columns in turn."""
+    pair, groups = member // 2, min(size, population.directions)
+    block, row, column = np.unravel_index(pair, population.shape[:3])
+    return int((block * groups // population.blocks + row + column) % groups) * max(1, size // population.directions)
+
+
+@pytest.mark.parametrize(
+    ("design", "size"), [("pairs", 3), ("pairs", 12), ("crossed", 4), ("crossed", 1), ("blocks", 2)]
+)
+def test_members_score_and_remember_as_the_twin_does(design, size):
+    es, state, carry, batch, scores, after = evaluated(design, size)
+    assert scores.dtype == jnp.int32 and scores.shape == (es.population.size,)
+    for member in (0, 1, 5, es.population.size - 1):
+        weights = for_twin(es.member_params(state, member))
+        first = row_of(es.population, member, size)
+        total = 0
+        for i in range(es.rows(size)):
+            inputs, targets = (np.asarray(batch[name][first + i]) for name in ("inputs", "targets"))
+            value, remembered = twin.sequence(weights, np.asarray(carry[member, i]), inputs, targets, faithful=False)
+            total += value
+            assert_same(after[member, i], remembered)
+        assert total == int(scores[member])
+
+
+def test_rows_are_shared_equally_and_by_both_of_a_pair():
+    for population, size in ((DESIGNS["pairs"], 3), (DESIGNS["crossed"], 4), (DESIGNS["blocks"], 2)):
+        first = make(population)._first_rows(size)
+        assert first.tolist() == [row_of(population, n, size) for n in range(population.size)]
+        assert np.bincount(first).tolist() == [population.size // size] * size
+        np.testing.assert_array_equal(first[::2], first[1::2])
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_member_is_the_base_and_its_own_noise(setting):
+    es = make(DESIGNS["pairs"], **SETTINGS[setting])
+    state = es.init(random_params(CONFIG, 3), jax.random.key(2))
+    plan, ids = noise.plan(state.params), jnp.asarray([3], jnp.uint32)
+    lefts, rights = (noise.draw(plan, state.key, state.generation, ids, side, es.noise) for side in (LEFT, RIGHT))
+    plus, minus = es.member_params(state, 6), es.member_params(state, 7)
+    used = lambda tree: jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, integer.Perturbed))
+    for leaf, base, a, b, p, m in zip(
+        plan, jax.tree.leaves(state.params), lefts, rights, used(plus), used(minus), strict=True
+    ):
+        for sign, weight in ((1, p), (-1, m)):
+            if len(leaf.shape) == 1:
+                assert_same(weight, twin.perturbed_vector(base, a[0], b[0], sign, 8))
+            else:
+                assert (int(weight.sign), weight.shift) == (sign, 8)
+                np.testing.assert_array_equal(weight.left, a[0])
+                np.testing.assert_array_equal(weight.right, b[0])
+
+
+def directions(es, state, trits):
+    """Z of every leaf by the twin, in flattening order."""
+    population, plan = es.population, noise.plan(state.params)
+    blocks, rows, columns, _ = population.shape
+    draw = lambda ids, side: noise.draw(plan, state.key, state.generation, ids.reshape(-1), side, es.noise)
+    lefts, rights = draw(population.row_ids(), LEFT), draw(population.column_ids(), RIGHT)
+    grid = np.asarray(trits).reshape(blocks, rows, columns)
+    out = []
+    for leaf, a, b in zip(plan, lefts, rights, strict=True):
+        each = twin.direction_crossed if len(leaf.shape) == 2 else twin.direction_vector_crossed
+        a, b = (np.asarray(x).reshape(blocks, -1, x.shape[-1]) for x in (a, b))
+        out.append(sum(each(grid[g], a[g], b[g]) for g in range(blocks)))
+    return out
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_updates_are_those_of_the_twin(design, setting):
+    if setting == "faithful" and design != "pairs":
+        pytest.skip("the released noise is of independent pairs")
+    es = make(DESIGNS[design], **SETTINGS[setting])
+    state = es.init(random_params(CONFIG, 4), jax.random.key(1))
+    scores = jnp.asarray(np.random.default_rng(0).integers(-9, 9, es.population.size), jnp.int32)
+    after, metrics = jax.jit(es.update)(state, scores)
+    trits = twin.fitness(np.asarray(scores).reshape(-1, 2))
+    moved = 0
+    for new, old, z in zip(
+        jax.tree.leaves(after.params), jax.tree.leaves(state.params), directions(es, state, trits), strict=True
+    ):
+        if setting == "faithful":
+            expected = twin.update_released(old, z, es.population.directions, twin.released_threshold(0.3))
+        else:
+            expected = twin.update(old, z, es.limits[0])
+        assert_same(new, expected)
+        moved += int((np.asarray(old) != expected).sum())
+    assert (int(metrics["moved"]), int(metrics["ties"])) == (moved, int((trits == 0).sum()))
+    assert int(metrics["score_mean"]) == int(np.asarray(scores).sum()) // es.population.size
+    assert int(after.generation) == 1
+
+
+def test_momentum_is_that_of_the_twin():
+    es = make(DESIGNS["pairs"], momentum=2)
+    state = es.init(random_params(CONFIG, 4), jax.random.key(1))
+    shift = threshold.momentum_shift(6, noise.second_moment("gaussian"))
+    assert shift == 1  # sqrt(6) 255.8 = 627, which 2^1 brings to 2^8 .. 2^9
+    expected = [np.zeros(x.shape, np.int64) for x in jax.tree.leaves(state.params)]
+    for generation in range(3):
+        scores = jnp.asarray(np.random.default_rng(generation).integers(-9, 9, 12), jnp.int32)
+        sums = directions(es, state, twin.fitness(np.asarray(scores).reshape(-1, 2)))
+        before, (state, metrics) = state, jax.jit(es.update)(state, scores)
+        expected = [twin.momentum(m, z, shift, 2) for m, z in zip(expected, sums, strict=True)]
+        assert int(metrics["limit"]) == es.limits[generation]
+        for m, want, new, old in zip(
+            jax.tree.leaves(state.momentum),
+            expected,
+            jax.tree.leaves(state.params),
+            jax.tree.leaves(before.params),
+            strict=True,
+        ):
+            assert m.dtype == jnp.int16
+            np.testing.assert_array_equal(m, want)
+            assert_same(new, twin.update(old, want, es.limits[generation]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("design", DESIGNS)
+def test_chunks_change_nothing(design):
+    population = DESIGNS[design]
+    es, state, carry, batch, scores, after = evaluated(design, 2 if design == "blocks" else 1)
+    for chunk in (2, 10):
+        other = make(population, chunk=chunk)
+        found = jax.jit(lambda s, c, b, o=other: o.evaluate(s, score, c, b))(state, carry, batch)
+        np.testing.assert_array_equal(found[0], scores)
+        np.testing.assert_array_equal(found[1], after)
+        updated, expected = jax.jit(other.update)(state, scores), jax.jit(es.update)(state, scores)
+        jax.tree.map(np.testing.assert_array_equal, updated[0].params, expected[0].params)
+
+
+def test_numbers_stay_in_the_format_at_its_ends():
+    """Parameters at the ends that all move outwards: none becomes -128."""
+    es = make(DESIGNS["pairs"], alpha=1.0)
+    params = jax.tree.map(
+        lambda x: jnp.where(jnp.arange(x.size).reshape(x.shape) % 2, 127, -127).astype(jnp.int8),
+        random_params(CONFIG, 0),
+    )
+    state = es.init(params, jax.random.key(0))
+    update = jax.jit(es.update)
+    for seed in range(4):
+        scores = jnp.asarray(np.random.default_rng(seed).integers(-9, 9, 12), jnp.int32)
+        state, metrics = update(state, scores)
+    assert all(int(x.min()) >= -127 and int(x.max()) <= 127 for x in jax.tree.leaves(state.params))
+    assert int(metrics["moved"]) > 0
+
+
+@pytest.mark.parametrize("alpha", [0.0625, 0.125, 0.25, 0.5])
+@pytest.mark.parametrize("setting", ["gaussian", "rademacher", "momentum", "crossed", "faithful"])
+def test_without_a_signal_the_share_that_moves_is_alpha(alpha, setting):
+    """Random fitness, 128 x 128 entries, 4 generations. Entries of one draw depend on each other a little: 5 % beside it.
+
+    With the released noise the shares are those of 256 in place of its variance and of rounded thresholds. Sums of signs are
+    multiples of 256, so of them the share that reaches a limit is a binomial's.
+    """
+    settings = {"rademacher": {"noise": "rademacher"}, "momentum": {"momentum": 2}, "faithful": {"faithful": True}}
+    population = eggroll.crossed(8192, signs=2) if setting == "crossed" else eggroll.antithetic(2048)
+    es = make(population, alpha=alpha, **settings.get(setting, {}))
+    state, moved = es.init({"w": jnp.zeros((128, 128), jnp.int8)}, jax.random.key(3)), []
+    update = jax.jit(es.update)
+    for seed in range(4):
+        signs = np.random.default_rng(seed).choice([-1, 1], es.population.directions)
+        scores = jnp.asarray(np.stack([signs, -signs], 1).reshape(-1), jnp.int32)
+        state, metrics = update(state, scores)
+        moved.append(int(metrics["moved"]) / 128**2)
+    released = {0.0625: 0.0564, 0.125: 0.1143, 0.25: 0.2363, 0.5: 0.5106}
+    expected = released[alpha] if setting == "faithful" else alpha
+    if setting == "rademacher":
+        ways = [math.comb(1024, k) for k in range(1025) if abs(2 * k - 1024) * 256 >= es.limits[0]]
+        expected = sum(ways) / 2**1024
+    # 4 x 16,384 entries; factors are shared by a row and a column, which widens the spread by about 2, crossed ones' more
+    spread = (8 if setting == "crossed" else 4) * np.sqrt(expected * (1 - expected) / (4 * 128**2))
+    assert np.mean(moved) == pytest.approx(expected, abs=2 * spread)
+
+
+def test_thresholds_of_typed_in_levels():
+    alphas = (0.0625, 0.125, 0.25, 0.5)
+    thr = [29, 24, 18, 10]
+    assert threshold.released_limits(alphas, 16).tolist() == [16 * 4 * t for t in thr]
+    steps = threshold.schedule(4.0, 1000, 1000)
+    typed = {0: 0, 1: 0, 10: 2, 50: 9, 100: 13, 200: 18, 300: 21, 500: 25, 700: 27, 999: 29}
+    assert {t: int(threshold.released_limits([steps[t]], 1)[0]) // 16 for t in typed} == typed
+    assert threshold.schedule(0.25, 1000, 5) == (0.25,) and len(steps) == 1000
+    assert steps[0] == 1 and threshold.schedule(4.0, 10, 11)[10] == pytest.approx(2**-4)
+    # 0.3174 is just above the share beyond one standard deviation, sqrt(100) 256
+    assert threshold.limits([0.3174], 100, 256.0).tolist() == [2560]
+    assert threshold.limits([1.0], 100, 256.0).tolist() == [0]
+    limits = threshold.limits(
+        [0.31731], 100, 256.0, momentum=1
+    )  # 2560 is 2^8 .. 2^9 after 3 bits, and grows to sqrt(4/3)
+    assert (limits[0], limits[-1]) == (320, int(np.ceil(320 * np.sqrt(4 / 3))))
+
+
+def test_the_last_limit_stays():
+    es = make(DESIGNS["pairs"], alpha=[1.0, 0.5, 0.25])
+    state = es.init({"w": jnp.zeros((4, 4), jnp.int8)}, jax.random.key(0))
+    found = []
+    for _ in range(5):
+        state, metrics = es.update(state, jnp.arange(12, dtype=jnp.int32))
+        found.append(int(metrics["limit"]))
+    assert found == [*es.limits, es.limits[-1], es.limits[-1]] and len(es.limits) == 3
+
+
+def test_what_a_batch_says_nothing_of_does_not_move():
+    es = make(DESIGNS["pairs"], alpha=1.0)
+    state = es.init({"w": jnp.zeros((6, 4), jnp.int8)}, jax.random.key(0))
+    used = {"w": jnp.arange(6)[:, None] < 2}
+    after, metrics = es.update(state, jnp.arange(12, dtype=jnp.int32) * jnp.asarray([1, 3] * 6), used)
+    free, _ = es.update(state, jnp.arange(12, dtype=jnp.int32) * jnp.asarray([1, 3] * 6))
+    np.testing.assert_array_equal(after.params["w"][:2], free.params["w"][:2])
+    assert not after.params["w"][2:].any() and free.params["w"][2:].any()
+    assert int(metrics["moved"]) == int((after.params["w"] != 0).sum())
+
+
+@pytest.mark.parametrize("count", [1, 4, 6, 13])
+def test_packed_fitness_comes_back(count):
+    trits = jnp.asarray(np.random.default_rng(count).integers(-1, 2, count), jnp.int8)
+    packed = fitness.pack(trits)
+    assert packed.dtype == jnp.uint8 and packed.shape == (-(-count // 4),)
+    np.testing.assert_array_equal(fitness.unpack(packed, count), trits)
+    assert fitness.pack(jnp.asarray([-1, 0, 1, -1], jnp.int8)).tolist() == [0b00_10_01_00]
+
+
+def test_large_scores_are_averaged_exactly():
+    es = make(eggroll.antithetic(1 << 14))
+    state = es.init({"w": jnp.zeros((2, 2), jnp.int8)}, jax.random.key(0))
+    scores = np.random.default_rng(0).integers(-(10**6), 10**5, 1 << 14)
+    _, metrics = es.update(state, jnp.asarray(scores, jnp.int32))
+    assert int(metrics["score_mean"]) == int(scores.sum()) // len(scores)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"population": eggroll.independent(8)}, r"signs = 2, got 1; use eggroll.antithetic\(8\)"),
+        ({"alpha": 0.0}, r"must be in \(0, 1\]; got 0.0"),
+        ({"alpha": [0.5, 1.5]}, r"must be in \(0, 1\]; got 1.5"),
+        ({"noise": "uniform"}, "gaussian, rademacher; got 'uniform'"),
+        ({"sigma_shift": -1}, "sigma_shift must be a whole number from 0 to 27; got -1"),
+        ({"momentum": 1.5}, "momentum must be a whole number from 0 to 10; got 1.5"),
+        ({"chunk": 1}, "at least one pair, 2 members; got 1"),
+        (
+            {"population": eggroll.antithetic(1 << 20)},
+            "524288 pairs of gaussian noise could reach 2353528832 > 2147483647",
+        ),
+        ({"faithful": True, "momentum": 1}, "momentum 1"),
+        ({"faithful": True, "noise": "rademacher"}, "rademacher noise"),
+        ({"faithful": True, "population": DESIGNS["crossed"]}, "3 x 4 pairs"),
+    ],
+)
+def test_settings_that_do_not_fit(settings, words):
+    with pytest.raises(ValueError, match=words):
+        make(**{"population": DESIGNS["pairs"], **settings})
+
+
+def test_rows_that_do_not_fit_the_pairs():
+    with pytest.raises(ValueError, match=r"got 5 rows and 6 pairs \(12 members\): choose for example 1 rows"):
+        make(DESIGNS["pairs"]).rows(5)
+    with pytest.raises(
+        ValueError, match=r"6 rows must divide the blocks, rows or columns of the population, 1 x 3 x 4"
+    ):
+        make(DESIGNS["crossed"]).rows(6)
+    with pytest.raises(ValueError, match="got 0 rows"):
+        make(DESIGNS["pairs"]).rows(0)
+
+
+def test_scores_that_are_no_integers():
+    es = make(DESIGNS["pairs"])
+    state = es.init({"w": jnp.zeros((4, 4), jnp.int8)}, jax.random.key(0))
+    with pytest.raises(ValueError, match=r"one int32; got float32\[\]"):
+        es.evaluate(state, lambda w, c, r: (jnp.float32(1), c), es.carry(jnp.zeros(1)), jnp.zeros((1, 2)))
+    with pytest.raises(TypeError, match="the key must be one typed key"):
+        es.init({"w": jnp.zeros((4, 4), jnp.int8)}, jax.random.key(0, impl="rbg"))

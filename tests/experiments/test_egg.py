@@ -1,0 +1,157 @@
+"""The integer language model through its script, small: learning, resume, no floats, devices, comparison, bad input."""
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import build, pretrain
+from experiments.pretrain_tasks import TASKS
+from rl import config as config_lib
+from rl.run import Run
+
+CONFIG = Path(__file__).parents[2] / "configs" / "egg_bytes.py"
+SMALL = (
+    *("steps=4", "eval_every=2", "save_every=1", "batch=4", "tokens=6", "eval_streams=4", "train_bytes=20000"),
+    *("model.layers=1", "model.width=16"),
+)
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Held-out text of a few thousand bytes."""
+    whole = pretrain.TASKS["streams"].__globals__["byte_data"].corpus
+    cut = lambda *args: (corpus := whole(*args))._replace(held_out=corpus.held_out[:4000])
+    monkeypatch.setattr(pretrain.TASKS["streams"].__globals__["byte_data"], "corpus", cut)
+    monkeypatch.setitem(pretrain.TASKS["streams"].__globals__, "_SAMPLES", (2, 8))
+
+
+def load(variant="", *overrides):
+    evolution = ("es.members=32", "es.chunk=16") if variant not in ("sgd", "adamw") else ()
+    return config_lib.load(f"{CONFIG}:{variant}" if variant else str(CONFIG), [*SMALL, *evolution, *overrides])
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["pairs", "crossed", "momentum", "faithful", "adamw"])
+def test_a_run_has_its_figures_and_its_texts(variant, tmp_path):
+    result = pretrain.train(load(variant), str(tmp_path))
+    assert result["measure"] == "held-out bits per byte" and result["tokens"] == 4 * 4 * 6
+    assert {"unigram", "bigram", "gzip"} == set(result["reference_bits"])
+    metrics = rows(tmp_path)
+    assert metrics[1]["test_bits"] > 4 and metrics[-1]["test_bits"] == result["score"]
+    if variant == "adamw":
+        assert not (tmp_path / "samples.jsonl").exists()
+        return
+    assert -10 < metrics[0]["fitness_mean"] < -7 and 0 < metrics[0]["moved_share"] <= 1
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in samples] == [2, 4] and all(len(s["texts"]) == 2 for s in samples)
+    size = 513 * 16 + 4 * 16 + 12 * 16**2
+    assert result["optimizer_bytes"] == (2 * size if variant == "momentum" else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["momentum", "sgd"])
+def test_a_run_that_is_stopped_goes_on_bit_for_bit(variant, tmp_path, monkeypatch):
+    config = load(variant)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    result = pretrain.train(config, str(whole))
+    record, count = Run.record, []
+
+    def failing(self, *args, **options):
+        record(self, *args, **options)
+        count.append(0)
+        if len(count) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "record", failing)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.train(config, str(broken))
+    monkeypatch.setattr(Run, "record", record)
+    assert pretrain.train(config, str(broken)) | {"seconds": 0} == result | {"seconds": 0}
+    for name in ("metrics.jsonl", *(["samples.jsonl"] if variant == "momentum" else [])):
+        assert (broken / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_devices_change_no_byte(tmp_path):
+    found = []
+    for sizes in ((), ("mesh.population=8",), ("mesh.population=2", "mesh.data=4")):
+        folder = tmp_path / str(len(found))
+        pretrain.train(load("", *sizes), str(folder))
+        found.append([(folder / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl")])
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.slow
+def test_no_float_is_in_the_compiled_step():
+    config = load("momentum")
+    task = TASKS["streams"](config)
+    method = pretrain.integer_method(config, task)
+    text = pretrain.train_step(method, task).lower(method.state, task.train, np.int32(1)).compile().as_text()
+    assert "s8[" in text and not re.findall(r"\b(bf16|f16|f32|f64)\[", text)
+
+
+@pytest.mark.slow
+def test_it_learns():
+    """From nothing to less than 6.5 bits a byte in 60 generations of 256 members on 16 streams."""
+    config = load("", "es.members=256", "es.chunk=0", "es.alpha=0.3", "batch=16", "tokens=20", "steps=60")
+    task = TASKS["streams"](config)
+    method = pretrain.integer_method(config, task)
+    state, step = method.state, pretrain.train_step(method, task)
+    evaluate = jax.jit(lambda params: task.measure.evaluate(task, params)["test_bits"])
+    first = float(evaluate(state.params))
+    for number in range(1, 61):
+        state, _ = step(state, task.train, np.int32(number))
+    assert first > 8 and float(evaluate(state.params)) < 6.5
+
+
+def test_only_bytes_that_were_read_move_their_embeddings():
+    config = load()
+    task = TASKS["streams"](config)
+    method = pretrain.integer_method(config, task)
+    before = np.asarray(method.state.params["embed"])
+    state, _ = pretrain.train_step(method, task)(method.state, task.train, np.int32(1))
+    read = np.unique(task.batch(task.train, np.int32(1))["inputs"])
+    moved = np.flatnonzero((np.asarray(state.params["embed"]) != before).any(1))
+    assert set(moved) <= set(read.tolist()) and len(moved) > 5
+
+
+@pytest.mark.parametrize(
+    ("variant", "override", "words"),
+    [
+        ("", "batch=5", "config.batch does not fit the population of config.es: rows must divide"),
+        ("", "es.members=33", "N must be even, got 33"),
+        ("", "es.alpha=0.0", "config.es.alpha must be greater than 0|alpha must be in"),
+        ("", "es.noise=cauchy", "gaussian, rademacher; got 'cauchy'"),
+        ("", "es.population=rings", "unknown es.population 'rings'; known: antithetic, crossed"),
+        ("", "model.width=512", "width 512 times expansion 4 is 2048"),
+        ("", "train_bytes=20", r"4 streams of at least 6 \+ 1 bytes need 28 bytes; the text has 20"),
+        ("", "train_file=/none/x", "needs a file to train on and one that is held out"),
+        ("", "mesh.population=3", "config.mesh: the sizes of a mesh must multiply"),
+        ("", "method=eggroll", "evolves models without memory"),
+        ("faithful", "es.momentum=2", "faithful means independent pairs"),
+    ],
+)
+def test_configs_that_do_not_fit(variant, override, words, tmp_path):
+    with pytest.raises(config_lib.ConfigError, match=words):
+        pretrain.train(load(variant, override), str(tmp_path / "never"))
+    assert not (tmp_path / "never").exists()
+
+
+def test_tasks_that_are_not_of_integers(tmp_path):
+    config = config_lib.load(str(CONFIG.with_name("digits.py")), ["method=integer"])
+    with pytest.raises(config_lib.ConfigError, match="needs an integer task, 'streams'; got task 'digits'"):
+        pretrain.train(config, str(tmp_path / "never"))
+
+
+def test_the_strategy_is_the_config_s():
+    es = build.integer_strategy(load("crossed", "es.alpha=4.0", "es.alpha_decay=10", "steps=7"))
+    assert (es.population.rows, es.population.columns, es.population.signs) == (4, 4, 2)
+    assert len(es.limits) == 7 and es.limits[0] == 0 < es.limits[1] and es.chunk == 16
