@@ -101,7 +101,7 @@ def crossed(members: int, blocks: int = 1, rows: int | None = None, signs: int =
     parts = blocks * signs
     if blocks < 1 or signs not in (1, 2) or members < parts or members % parts:
         raise ValueError(
-            f"N must divide into blocks and 1 or 2 signs: {members} members, {blocks} blocks, {signs} signs"
+            f"N must divide into the blocks, of 1 or 2 signs: {members} members in {blocks} blocks, {signs} signs"
         )
     per_block = members // parts
     if rows is None:

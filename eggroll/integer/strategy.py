@@ -86,8 +86,8 @@ class Strategy:
             score: (weights, carry, rows) -> (int32 scalar, carry), higher is better. Weights are of one member: matrices are
                 `Perturbed`, for `arithmetic.row` and `arithmetic.product`, vectors int8.
             carry: [N, ...], from `carry` or the generation before.
-            batch: tree of arrays with leading axis S, rows. With P pairs, S <= P: each is shared by P / S pairs (with crossed
-                factors in turn along rows and columns); S > P: S / P rows a pair. `rows` has the leading axis max(1, S / P).
+            batch: tree of arrays with leading axis S, rows. With P pairs, S <= P: each is shared by P / S pairs; S > P: S / P
+                rows a pair. `rows` has the leading axis max(1, S / P).
 
         Returns:
             (scores int32 [N], carry [N, ...]), left on the devices that made them.
@@ -129,17 +129,12 @@ class Strategy:
         Raises:
             ValueError: they cannot be shared out equally.
         """
-        pairs, grid = self.population.directions, self.population.shape[:3]
+        pairs = self.population.directions
         groups = min(size, pairs)
         if size < 1 or pairs % groups or size % groups:
             raise ValueError(
                 f"rows must divide the pairs, or pairs the rows, so that all count alike; got {size} rows and {pairs} pairs "
                 f"({self.population.size} members): choose for example {math.gcd(size, pairs)} rows"
-            )
-        if groups > 1 and all(n % groups for n in grid):
-            raise ValueError(
-                f"{groups} rows must divide the blocks, rows or columns of the population, {' x '.join(map(str, grid))}, so "
-                f"that factors meet all rows alike: choose for example {max(math.gcd(groups, n) for n in grid)} rows"
             )
         return size // groups
 
@@ -210,13 +205,18 @@ class Strategy:
         )
         return jax.tree.unflatten(tree, [one(*x) for x in zip(plan, leaves, lefts, rights, strict=True)])
 
+    def _groups(self, groups: int) -> np.ndarray:
+        """[pairs]: which rows a pair shares: of independent pairs neighbours the same, of crossed ones neighbours different, so
+        that every factor meets many."""
+        blocks, rows, columns = self.population.shape[:3]
+        block, row, column = np.meshgrid(np.arange(blocks), np.arange(rows), np.arange(columns), indexing="ij")
+        turn = row if columns % groups == 0 else columns * row
+        return ((block * groups // blocks + turn + column) % groups).reshape(-1)
+
     def _first_rows(self, size: int) -> np.ndarray:
         """i32 [N]: the first row of a batch that each member sees."""
         groups = min(size, self.population.directions)
-        blocks, rows, columns = self.population.shape[:3]
-        block, row, column = np.meshgrid(np.arange(blocks), np.arange(rows), np.arange(columns), indexing="ij")
-        group = (block * groups // blocks + row + column) % groups
-        return np.repeat(group.reshape(-1) * (size // groups), 2).astype(np.int32)
+        return np.repeat(self._groups(groups) * (size // groups), 2).astype(np.int32)
 
     def _compared(self, scores: Array) -> tuple[Array, Array]:
         """Fitness int8 [pairs] and the mean score, rounded down; on every device."""

@@ -57,3 +57,13 @@ def test_members_of_a_row_share_its_factor_and_no_two_members_share_both():
 def test_a_population_that_does_not_divide_says_so(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_crossed_pairs_have_both_signs_of_every_direction():
+    population = eggroll.crossed(24, rows=3, signs=2)
+    assert population.shape == (1, 3, 4, 2) and population.size == 24 and population.directions == 12
+    row, column, sign = population.coordinates(jnp.arange(24))
+    assert sign.tolist() == [0, 1] * 12 and row.tolist() == [i // 8 for i in range(24)]
+    assert column.tolist() == [i // 2 % 4 for i in range(24)]
+    with pytest.raises(ValueError, match="24 members in 1 blocks, 3 signs"):
+        eggroll.crossed(24, signs=3)

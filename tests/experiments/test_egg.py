@@ -100,7 +100,7 @@ def test_no_float_is_in_the_compiled_step():
 
 @pytest.mark.slow
 def test_it_learns():
-    """From nothing to less than 6.5 bits a byte in 60 generations of 256 members on 16 streams."""
+    """More than a bit a byte in 60 generations of 256 members on 16 streams."""
     config = load("", "es.members=256", "es.chunk=0", "es.alpha=0.3", "batch=16", "tokens=20", "steps=60")
     task = TASKS["streams"](config)
     method = pretrain.integer_method(config, task)
@@ -109,7 +109,7 @@ def test_it_learns():
     first = float(evaluate(state.params))
     for number in range(1, 61):
         state, _ = step(state, task.train, np.int32(number))
-    assert first > 8 and float(evaluate(state.params)) < 6.5
+    assert first - float(evaluate(state.params)) > 1
 
 
 def test_only_bytes_that_were_read_move_their_embeddings():
