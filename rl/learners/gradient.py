@@ -27,6 +27,7 @@ from rl.learners.credit import rows
 from rl.learners.settings import Lora, Settings
 from rl.learners.types import Answers, Learner, tree_bytes
 from rl.mesh import init_optimizer, lay_out, place
+from rl.models.experts import id_dtype
 from rl.models.language import LanguageModel, Params
 from rl.objectives import advantages, vcpo
 from rl.rollout import routing
@@ -206,10 +207,13 @@ class _Step:
         state = state._replace(params=params, master=master, opt_state=opt_state, skipped=skipped, step=state.step + 1)
         return state, metrics
 
-    def compile(self, state: State) -> jax.stages.Compiled:
-        """The update for one micro-batch; more of them take no more memory beside their own numbers."""
-        one = packing.shapes(self.shape)
-        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), one)
+    def compile(self, state: State, completions: int) -> jax.stages.Compiled:
+        """The update of one of the minibatches of a step of so many completions."""
+        c = self.model.config
+        experts = None if self.settings.routing == "none" else (c.layers, c.experts_per_token, id_dtype(c.experts))
+        one = packing.shapes(self.shape, experts)
+        count = max(1, -(-(completions // self.settings.minibatches) // self.shape.rows))
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), one)
         batch = dataclasses.replace(batch, used=one.used)
         learning = (state.params, state.master, state.opt_state, state.skipped)
         return self.update.lower(learning, state.base, batch).compile()
