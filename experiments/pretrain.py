@@ -23,10 +23,11 @@ from flax import nnx
 from experiments import build, plot
 from rl.config import ConfigError
 from rl.data import bytes as byte_data
+from rl.launch import launch
 from rl.learners.types import tree_bytes
 from rl.models.presets import make
 from rl.models.transformer import TransformerConfig
-from rl.run import Run, launch
+from rl.run import Run
 
 Batch = Mapping[str, jax.Array]  # every array [B, ...]
 Metrics = dict[str, jax.Array]
