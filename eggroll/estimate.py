@@ -154,16 +154,17 @@ def gradients(
     members = math.prod(per_block) * population.signs
     step = blocks if chunk is None else max(1, min(chunk // members, blocks))
     sums = total(_summed(block_sum, own, step))
-    scaled = {
-        leaf.path: x / (population.size * _spread(leaf, sigma, rank)) for leaf, x in zip(active, sums, strict=True)
-    }
+    scaled = {leaf.path: x * _scale(leaf, population, sigma, rank) for leaf, x in zip(active, sums, strict=True)}
     return [scaled.get(leaf.path) for leaf in plan]
 
 
-def _spread(leaf: Leaf, sigma: Array, rank: int) -> Array:
-    """sigma * sqrt(r) for factors, sigma for full noise, in the accumulator's type."""
-    sigma = sigma.astype(_wide(leaf))
-    return sigma * math.sqrt(rank) if leaf.low_rank else sigma
+def _scale(leaf: Leaf, population: Population, sigma: Array, rank: int) -> Array:
+    """1 / (N sigma sqrt(r)) for factors, 1 / (N sigma) for full noise, in the accumulator's type.
+
+    One product and one quotient of numbers: XLA turns a division into this where it sees that sigma never changes, and on a
+    mesh it does not see it, so that dividing every sum would give other bits there.
+    """
+    return 1 / (sigma.astype(_wide(leaf)) * (population.size * (math.sqrt(rank) if leaf.low_rank else 1)))
 
 
 def _summed(fn: Callable, xs, size: int):

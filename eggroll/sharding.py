@@ -250,8 +250,8 @@ def init_beside(mesh: Mesh, layout: Layout, init: Callable[[Any], Any], params: 
 
     A state made eagerly, or by `jax.jit` alone, leaves what starts at zero on one device: zeros depend on no parameter.
     """
-    if isinstance(jax.tree.leaves(params)[0], jax.core.Tracer):  # where shapes are asked for, nothing lies anywhere
-        return init(params)
+    if isinstance(jax.tree.leaves(params)[0], jax.core.Tracer):
+        return place_beside(mesh, layout, params, init(params))
     where = _beside(mesh, layout, params, jax.eval_shape(init, params))
     return jax.jit(init, out_shardings=where)(params)
 

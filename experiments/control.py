@@ -22,8 +22,9 @@ from rl import envs, generations
 from rl.control import evolution, ppo, rollout
 from rl.control.normalizer import Normalizer
 from rl.control.policy import Policy
+from rl.launch import launch
 from rl.models.mlp import MLP
-from rl.run import Run, launch
+from rl.run import Run
 
 METHODS = ("eggroll", "openes", "ppo")
 

@@ -7,12 +7,13 @@ A step takes memory twice: while answers are sampled (weights, every member's no
 and a prefill need beside them) and while the method learns (weights, optimizer, gradient, one micro-batch). Both are read off
 the compiled programs (`memory_analysis`) for shapes alone; nothing is allocated. Sizes are doubled from the config's until one
 does not fit or holds a whole step, or halved until one fits, within a margin left for what no program knows of: fragments and
-the runtime itself.
+the runtime itself. On a mesh all of it is of one device: `jax.eval_shape` says what there is, and the compiler where it lies.
 """
 
 import argparse
 import dataclasses
 import functools
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -21,11 +22,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+from jax.sharding import Mesh
 
+from eggroll import sharding
 from experiments import build
 from experiments.language import set_up, task_of
 from rl import config as config_lib
-from rl.learners.types import tree_bytes
+from rl.mesh import SPREAD
 from rl.models.language import LanguageModel
 from rl.rewards.pool import Pool
 from rl.rollout import engine
@@ -35,11 +38,27 @@ GIB = 2**30
 
 
 def capacity(device: jax.Device) -> int:
-    """Bytes of a device: its allocator's limit, or on a CPU this machine's memory."""
+    """Bytes of a device: its allocator's limit, or on a CPU its share of this machine's memory."""
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+
+
+def laid_out(mesh: Mesh | None, make: Callable[..., Any], *args: Any) -> Any:
+    """Shapes of what make(*args) returns, and on a mesh where they lie; nothing is made."""
+    shapes = jax.eval_shape(make, *args)
+    if mesh is None:
+        return shapes
+    where = jax.jit(make).lower(*args).compile().output_shardings
+    return jax.tree.map(lambda x, lies: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies), shapes, where)
+
+
+def held(tree: Any) -> int:
+    """Bytes that one device holds of arrays or shapes that say where they lie, else all of them."""
+    lies = lambda x: getattr(x, "sharding", None)
+    own = lambda x: math.prod(lies(x).shard_shape(x.shape) if lies(x) else x.shape) * x.dtype.itemsize
+    return sum(map(own, jax.tree.leaves(tree)))
 
 
 def taken(compiled: jax.stages.Compiled) -> int:
@@ -68,7 +87,7 @@ def largest(need: Callable[[int], int], limit: int, start: int, most: int) -> in
 def sampling_bytes(model: LanguageModel, settings: engine.Settings, weights: Any) -> int:
     """Bytes beside the weights while answers are sampled: the slots, and what a decode step or a prefill needs beside them."""
     array = lambda dtype, *size: jax.ShapeDtypeStruct(size, dtype)
-    state = jax.eval_shape(lambda: engine.init(model, settings))
+    state = laid_out(settings.mesh, lambda: engine.init(model, settings))
     key = jax.eval_shape(lambda: jax.random.key(0))
     view, bucket, count = settings.views[-1], settings.buckets[-1], settings.shared[-1]
     decode = engine.decode.lower(model, settings, view, weights, state, key, array(jnp.int32)).compile()
@@ -76,7 +95,7 @@ def sampling_bytes(model: LanguageModel, settings: engine.Settings, weights: Any
     rows = engine.Rows(**names | {"uid": array(jnp.uint32, settings.block)})
     sequences = array(jnp.int32, count, bucket), array(jnp.int32, count), array(jnp.int32, count)
     admit = engine.admit.lower(model, settings, weights, state, *sequences, rows).compile()
-    return tree_bytes(state) + max(taken(decode), taken(admit))
+    return held(state) + max(taken(decode), taken(admit))
 
 
 def fit(config: ml_collections.ConfigDict, limit: int) -> dict[str, Any]:
@@ -87,38 +106,41 @@ def fit(config: ml_collections.ConfigDict, limit: int) -> dict[str, Any]:
         limit: bytes of a device.
 
     Returns:
-        `held`: by name; `sampling`, `learning`: most at once in either half of a step; `slots`, `tokens`: the largest that
-        fit, 0 if none does; `tokens` is None for evolution, which has no micro-batches.
+        `held`: by name, of all devices together; `sampling`, `learning`: most at once on one device in either half of a step;
+        `slots`, `tokens`: the largest that fit, 0 if none does; `tokens` is None for evolution, which has no micro-batches.
     """
     build.require(config, "task", "warm_start")
     build.check(config)
     task = task_of(config)
     with Pool(task.verify, workers=1, deadline=config.reward.deadline) as pool:
         setup, params = set_up(config, task, pool)
-        evolves = bool(setup.learner.members)
+        mesh, evolves = setup.settings.mesh, bool(setup.learner.members)
+        devices = 1 if mesh is None else sharding.count(mesh, SPREAD)
+        rows = max(setup.learner.members, 1) * config.prompts * config.samples
 
         def learning(tokens: int) -> int:
             changed = config.copy_and_resolve_references()
             if not evolves:
                 changed.gradient.tokens = tokens
             learner = build.learner(changed, setup.model, setup.train, setup.settings.stop)
-            return tree_bytes(state) + taken(learner.compile(state))
+            program = learner.compile(state, rows)
+            return held((state, program.args_info[0][-1])) + taken(program)
 
-        def sampling(slots: int) -> int:
-            settings = dataclasses.replace(setup.settings, slots=slots)
-            return tree_bytes((state, weights)) + sampling_bytes(setup.model, settings, weights)
+        def sampling(slots: int) -> int:  # on every device
+            settings = dataclasses.replace(setup.settings, slots=slots * devices)
+            return held((state, weights)) + sampling_bytes(setup.model, settings, weights)
 
-        state = jax.eval_shape(setup.learner.init, params)
-        weights = jax.eval_shape(lambda state: setup.learner.weights(state)[0], state) if evolves else None
-        weights = weights or jax.eval_shape(lambda: params)
+        state = laid_out(mesh, setup.learner.init, params)
+        sampled = (lambda state: setup.learner.weights(state)[0]) if evolves else setup.learner.mean
+        weights = laid_out(mesh, sampled, state)
         tokens = None if evolves else config.gradient.tokens
-        rows = max(setup.learner.members, 1) * config.prompts * config.samples
+        slots = config.engine.slots // devices
         return {
             "held": setup.learner.plan(state),
-            "sampling": sampling(config.engine.slots),
+            "sampling": sampling(slots),
             "learning": learning(tokens),
-            "slots": largest(sampling, limit, config.engine.slots, rows),
-            "tokens": tokens and largest(learning, limit, tokens, rows * setup.settings.length),
+            "slots": devices * largest(sampling, limit, slots, -(-rows // devices)),
+            "tokens": tokens and largest(learning, limit, tokens, -(-rows * setup.settings.length // devices)),
         }
 
 

@@ -23,8 +23,9 @@ from eggroll import integer
 from experiments import build, plot
 from experiments.pretrain_tasks import TASKS, Batch, Metrics, Task
 from rl.config import ConfigError
+from rl.launch import launch
 from rl.learners.types import tree_bytes
-from rl.run import Run, launch
+from rl.run import Run
 
 Step = Callable[[Any, Batch], tuple[Any, Metrics]]
 

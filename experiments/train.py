@@ -25,13 +25,14 @@ from rl.data import prompts as data
 from rl.data import selection
 from rl.data.embedding import embed
 from rl.data.replay import Groups
+from rl.launch import launch
 from rl.learners.gradient import NonFinite
 from rl.learners.types import Answers, tree_bytes
 from rl.models.language import Params
 from rl.rewards.pool import Pool, PoolError
 from rl.rollout import engine
 from rl.rollout.generate import generate
-from rl.run import Run, RunError, launch
+from rl.run import Run, RunError
 from rl.tasks.types import STATUSES, TaskError
 from rl.types import FINISHES, Rollouts, Scored
 

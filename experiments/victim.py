@@ -16,7 +16,8 @@ import optax
 
 import eggroll
 from rl import generations
-from rl.run import Run, launch
+from rl.launch import launch
+from rl.run import Run
 
 SIZE = 12
 

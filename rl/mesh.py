@@ -6,6 +6,9 @@
 * `tensor`: matrices are divided, by columns into a layer and by rows out of it, and computed with in parts.
 
 Results depend on the sizes by rounding alone, and evolution's not at all under the conditions of `eggroll.strategy`.
+
+`fsdp` divides what is held between steps. During a gradient every device has all parameters that `tensor` leaves it, their sum
+of gradients and one micro-batch's: about three times the parameters in f32, however large `fsdp` is.
 """
 
 import dataclasses

@@ -182,8 +182,12 @@ def micro_batches(
     return dataclasses.replace(batch, **{name: batch.spread(x).astype(np.int32) for name, x in columns.items()})
 
 
-def shapes(shape: Shape) -> TrainBatch:
-    """Shapes and dtypes of one micro-batch without recorded experts, to trace or compile for."""
+def shapes(shape: Shape, experts: tuple[int, int, np.dtype] | None = None) -> TrainBatch:
+    """Shapes and dtypes of one micro-batch, to trace or compile for.
+
+    Args:
+        experts: (layers, experts per token, dtype of their ids) where experts are forced.
+    """
     array = lambda dtype, *size: jax.ShapeDtypeStruct(size, dtype)
     tokens, places = (shape.rows, shape.capacity), (shape.sequences,)
     columns = {name: array(np.int32, *places) for name in ("source", "row", "offset", "prompt_length", "length")}
@@ -191,7 +195,8 @@ def shapes(shape: Shape) -> TrainBatch:
     return TrainBatch(
         ids=array(np.int32, *tokens), segments=array(np.int32, *tokens), used=array(np.int32),
         longest=shape.longest, mask=array(np.bool_, *places, shape.longest), counted=array(np.bool_, *places),
-        advantage=number, behaviour=number, proximal=number, reference=number, **columns,
+        advantage=number, behaviour=number, proximal=number, reference=number,
+        experts=experts and array(experts[2], shape.rows, experts[0], shape.capacity, experts[1]), **columns,
     )  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def learner(es: eggroll.Strategy, fitness: Fitness, key: jax.Array, *, common: b
             "noise": tree_bytes((drawn.lefts, drawn.rights)),
         }
 
-    def compile(state: eggroll.State) -> jax.stages.Compiled:
+    def compile(state: eggroll.State, completions: int) -> jax.stages.Compiled:
         return update.lower(state, jax.ShapeDtypeStruct((members,), np.float32)).compile()
 
     return Learner(

@@ -26,9 +26,11 @@ from rl.learners import credit as credits
 from rl.learners.credit import rows
 from rl.learners.settings import Lora, Settings
 from rl.learners.types import Answers, Learner, tree_bytes
-from rl.mesh import init_optimizer, lay_out, place
+from rl.learners.update import means_and_maxima, update
+from rl.mesh import init_optimizer, place
+from rl.models.experts import id_dtype
 from rl.models.language import LanguageModel, Params
-from rl.objectives import advantages, vcpo
+from rl.objectives import advantages
 from rl.rollout import routing
 from rl.types import Requests, Rollouts, TrainBatch, pad
 
@@ -174,7 +176,7 @@ class _Step:
             model, *args, temperature=temperature, merge=functools.partial(whole, base), mesh=mesh
         )
         self.norms = jax.jit(norms) if rule and settings.advantage == "minimum_variance" else None
-        self.update = jax.jit(functools.partial(_update, model, optimizer, settings, whole, mesh), donate_argnums=0)
+        self.update = jax.jit(functools.partial(update, model, optimizer, settings, whole, mesh), donate_argnums=0)
         self.whole = jax.jit(whole)
 
     def learn(self, state: State, answers: Answers, replayed: Groups | None = None):
@@ -201,15 +203,18 @@ class _Step:
             learning, *measures = self.update(learning, state.base, batch.credit(**some))
             measured.append(measures)
         params, master, opt_state, skipped = learning
-        metrics = _metrics(measured) | self.measures(step, groups, credit, value, replayed)
+        metrics = means_and_maxima(measured) | self.measures(step, groups, credit, value, replayed)
         self.check(metrics, groups)
         state = state._replace(params=params, master=master, opt_state=opt_state, skipped=skipped, step=state.step + 1)
         return state, metrics
 
-    def compile(self, state: State) -> jax.stages.Compiled:
-        """The update for one micro-batch; more of them take no more memory beside their own numbers."""
-        one = packing.shapes(self.shape)
-        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), one)
+    def compile(self, state: State, completions: int) -> jax.stages.Compiled:
+        """The update of one of the minibatches of a step of so many completions."""
+        c = self.model.config
+        experts = None if self.settings.routing == "none" else (c.layers, c.experts_per_token, id_dtype(c.experts))
+        one = packing.shapes(self.shape, experts)
+        count = max(1, -(-(completions // self.settings.minibatches) // self.shape.rows))
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), one)
         batch = dataclasses.replace(batch, used=one.used)
         learning = (state.params, state.master, state.opt_state, state.skipped)
         return self.update.lower(learning, state.base, batch).compile()
@@ -309,43 +314,6 @@ class _Step:
                 f"{skipped} updates in a row had no finite gradient and were skipped, and the limit is {limit}: lower the "
                 "learning rate, or look at the rewards and log-probabilities of the last batch", groups,
             )  # fmt: skip
-
-
-def _update(model, optimizer, settings: Settings, whole, mesh, learning, base, batch: TrainBatch):
-    """One update; one whose gradient or step is not finite changes nothing but the count of skipped ones."""
-    params, master, opt_state, skipped = learning
-    made, sample = estimates.estimate(
-        model, params, batch, settings.objective, temperature=settings.temperature, merge=functools.partial(whole, base),
-        credit=credits.interpolated if settings.proximal == "interpolated" else None, mesh=mesh,
-    )  # fmt: skip
-    counted = (batch.counted & batch.mask.any(axis=-1)).reshape(-1)
-    log_weight = sample.log_weight.reshape(-1)
-    share = vcpo.ess(log_weight, counted) / jnp.maximum(counted.sum(), 1)
-    if settings.step_scale:
-        made = dataclasses.replace(made, step_scale=vcpo.step_scale(log_weight, settings.step_scale, counted=counted))
-    norm = optax.tree.norm(made.gradient)
-    *after, updates = eggroll.estimate.step(optimizer, params, master, opt_state, made)
-    finite = jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
-    kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), tuple(after), (params, master, opt_state))
-    kept = lay_out(mesh, *kept)
-    skipped = jnp.where(finite, 0, skipped + 1)
-    one = jnp.float32(1)
-    # as drawn, not as the objective caps it: the effective sample size does not see a common factor
-    drawn = jnp.where(counted, jnp.exp(jnp.clip(log_weight, -20, 20)), 0)
-    metrics = made.metrics | {
-        "sequence_weight": (drawn.sum(), counted.sum().astype(jnp.float32)),
-        "gradient_norm": (norm, one), "ess": (share, one), "step_scale": (made.step_scale, one),
-        "skipped": (1 - finite.astype(jnp.float32), one),
-    }  # fmt: skip
-    maxima = {f"{name}_max": x for name, x in sample.maxima.items()} | {"sequence_weight_max": drawn.max()}
-    return (*kept, skipped), metrics, maxima | {"skipped_in_a_row": skipped}
-
-
-def _metrics(measured: Sequence[tuple[dict[str, tuple[Array, Array]], dict[str, Array]]]) -> dict[str, np.floating]:
-    """Means and maxima over a step's updates."""
-    sums, maxima = (jax.tree.map(lambda *xs: np.stack(xs), *x) for x in zip(*jax.device_get(measured), strict=True))
-    means = {name: total.sum() / max(count.sum(), 1e-30) for name, (total, count) in sums.items()}
-    return means | {name: x.max() for name, x in maxima.items()}
 
 
 def _activations(model: LanguageModel, settings: Settings, shape: packing.Shape, state: State) -> int:

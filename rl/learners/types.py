@@ -57,7 +57,8 @@ class Learner(NamedTuple):
         learn: (state, answers, replayed groups or None) -> (state, metrics as scalars); where `update` is given, they include
             `fitness`, f32 [members], which is no scalar and all that it needs to make the step again.
         plan: state or its shapes -> bytes by name: memory the method needs, before it takes it.
-        compile: state or its shapes -> the compiled update, whose `memory_analysis` says what it takes beside its arguments.
+        compile: (state or its shapes, completions of a step) -> the compiled update, whose `memory_analysis` says what it takes
+            beside its arguments, the last of which is what it learns from.
         record_experts: whether the engine has to record which experts it used (routing replay).
         update: (state, fitness) -> state, or None where a step cannot be made again from so little.
     """
@@ -69,7 +70,7 @@ class Learner(NamedTuple):
     mean: Callable[[Any], Params]
     learn: Callable[[Any, Answers, Groups | None], tuple[Any, dict[str, Any]]]
     plan: Callable[[Any], dict[str, int]]
-    compile: Callable[[Any], jax.stages.Compiled]
+    compile: Callable[[Any, int], jax.stages.Compiled]
     record_experts: bool = False
     update: Callable[[Any, Any], Any] | None = None
 

@@ -293,11 +293,11 @@ def release(state: State, slots: Array) -> State:
     return state._replace(active=state.active & ~slots)
 
 
-@jax.jit  # nothing to donate: every array changes its size
-def compact(state: State, slots: Array) -> State:
+@functools.partial(jax.jit, static_argnums=0)  # nothing to donate: every array changes its size
+def compact(settings: Settings, state: State, slots: Array) -> State:
     """The state of fewer slots: i32 [S'], which ones, in their new order."""
     TRACES["compact"] += 1
-    return jax.tree.map(lambda x: x[slots], state)
+    return _divided(settings, jax.tree.map(lambda x: x[slots], state))
 
 
 def _divided(settings: Settings, state: State) -> State:

@@ -137,7 +137,10 @@ def warm_up(model: LanguageModel, settings: Settings, weights, *, stream: TextIO
                 state = timed(f"decode, cache {view}, {size} slots", lambda state=state, view=view: decode(view, state))
         for fewer in sizes[i + 1 :]:
             kept = np.arange(fewer, dtype=np.int32)
-            timed(f"compact, {size} to {fewer} slots", lambda state=state, kept=kept: engine.compact(state, kept))
+            timed(
+                f"compact, {size} to {fewer} slots",
+                lambda state=state, kept=kept: engine.compact(settings, state, kept),
+            )
     return seconds
 
 
@@ -259,7 +262,7 @@ class _Loop:
         size = min(size for size in self.settings.sizes if self.running.size <= size <= self.row.size)
         if size < self.row.size:
             slots = np.argsort(self.row < 0, kind="stable")[:size]
-            self.state, self.row = engine.compact(self.state, slots.astype(np.int32)), self.row[slots]
+            self.state, self.row = engine.compact(self.settings, self.state, slots.astype(np.int32)), self.row[slots]
 
     def check(self, orders: Orders) -> None:
         """Orders that name members or rows there are not."""

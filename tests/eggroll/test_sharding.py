@@ -8,6 +8,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -77,6 +78,17 @@ def test_members_in_chunks_give_the_same_bits_on_any_number_of_devices(design, c
         np.testing.assert_array_equal, (new.params, new.opt_state, measured), (after.params, after.opt_state, metrics)
     )
     assert {len(x.sharding.device_set) for x in jax.tree.leaves(new)} == {count}
+
+
+def test_a_schedule_of_sigma_gives_the_same_bits_too():
+    """One that stays where it is, which the compiler sees on one device and not on several."""
+    settings = {"sigma": optax.exponential_decay(0.05, 1, 1.0), "chunk": 8}
+    fitness = normal(4, 64).astype(jnp.float32)
+    after = []
+    for mesh in (None, devices(8)):
+        es = make(DESIGNS["crossed"], mesh=mesh, **settings)
+        after.append(jax.jit(es.update)(es.init(PARAMS, jax.random.key(0)), fitness))
+    jax.tree.map(np.testing.assert_array_equal, *((state.params, state.opt_state) for state, _ in after))
 
 
 @pytest.mark.slow

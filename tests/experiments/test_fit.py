@@ -1,14 +1,22 @@
 """What fits: the search, and the needs of tiny runs."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 from experiments import fit, train
 from rl import config as config_lib
+from rl import mesh as meshes
+from rl.learners import gradient
+from rl.learners.settings import Settings
 from rl.models import presets
+from rl.objectives.presets import PRESETS
 from rl.run import RunError
 from tests.experiments.tiny_train import FAST, ROOT, SHAPE, config_of
+from tests.rl.learners import toy
 
 
 @pytest.mark.parametrize(
@@ -51,15 +59,50 @@ def test_evolution(tiny):
     assert found["slots"] == 32 and found["tokens"] is None  # 8 members x 4 prompts
 
 
+def backprop(*overrides):
+    small = ["warm_start.steps=0", "gradient.tokens=256", "prompts=2", "engine.slots=8"]
+    return config_lib.load(f"{ROOT}/configs/countdown_grpo.py", [*small, *overrides])
+
+
 @pytest.mark.slow
 def test_backprop(tiny):
-    config = config_lib.load(
-        f"{ROOT}/configs/countdown_grpo.py",
-        ["warm_start.steps=0", "gradient.tokens=256", "prompts=2", "engine.slots=8"],
-    )
+    config = backprop()
     found = fit.fit(config, 2**21)
     assert found["learning"] > 3 * found["held"]["parameters"]  # with the gradient and two moments
     assert 8 <= found["slots"] <= 2 * config.samples and found["tokens"] in (64, 128, 256, 512, 1024)
+
+
+@pytest.mark.slow
+def test_a_mesh_is_planned_for_one_of_its_devices(tiny):
+    sizes = {"data": 2, "fsdp": 2, "tensor": 2}
+    config = backprop("engine.slots=16", "prompts=8", *(f"mesh.{name}={size}" for name, size in sizes.items()))
+    found, alone = fit.fit(config, 2**18), fit.fit(backprop("engine.slots=16", "prompts=8"), 2**18)
+    assert found["learning"] < alone["learning"] and found["sampling"] < 0.5 * alone["sampling"]
+    assert found["slots"] == 8 * 16 > alone["slots"] > 16  # all answers of a step
+    assert found["held"] == alone["held"]
+
+
+@pytest.mark.slow
+def test_what_a_device_holds_is_what_it_will_hold():
+    model, params = toy.start()
+    mesh = meshes.make({"data": 2, "fsdp": 2, "tensor": 2})
+    settings = Settings(PRESETS["grpo"].objective, "group_std", staleness=2)
+    method = gradient.learner(model, optax.adam(1e-3), settings, toy.SHAPE, toy.PROMPTS, toy.G, 0, (), mesh)
+    planned, made = fit.laid_out(mesh, method.init, params), method.init(params)
+    own = lambda x: x.addressable_shards[0].data.nbytes
+    assert fit.held(planned) == fit.held(made) == sum(map(own, jax.tree.leaves(made)))
+    assert fit.held(planned) < 0.5 * sum(x.nbytes for x in jax.tree.leaves(made))
+
+
+@pytest.mark.slow
+def test_recorded_experts_count(monkeypatch):
+    monkeypatch.setitem(presets.PRESETS, "tiny-transformer", dataclasses.replace(
+        SHAPE, experts=4, experts_per_token=2, expert_hidden=8, normalise_experts=True
+    ))  # fmt: skip
+    plain, recorded = (fit.fit(backprop(f"gradient.routing={kind}"), 2**21) for kind in ("none", "r3"))
+    tokens = 2 * 16 * 24 // 2  # of one minibatch in rows of 24; a layer has two experts a token, a byte each
+    assert recorded["learning"] >= plain["learning"] + 2 * tokens
+    assert recorded["sampling"] > plain["sampling"]
 
 
 def test_too_little_memory_names_the_two_sizes(tiny, tmp_path, monkeypatch):

@@ -44,10 +44,14 @@ def rows(path):
 
 def final(workdir):
     """What an interruption must not change: metrics, samples, warm start, checksums of the last checkpoint's leaves."""
-    newest = max(path for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
-    leaves = json.loads((newest / "meta.json").read_text())["leaves"]
     names = ("metrics.jsonl", "samples.jsonl", "warm_start/model.safetensors")
-    return [(workdir / name).read_bytes() for name in names], leaves
+    return [(workdir / name).read_bytes() for name in names], leaves(workdir)
+
+
+def leaves(workdir):
+    """What the last checkpoint says of every array: shape, dtype, and the blocks it is held in, with their checksums."""
+    newest = max(path for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+    return json.loads((newest / "meta.json").read_text())["leaves"]
 
 
 def problems(split, count):

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rl.run import Run, launch
+from rl.launch import launch
+from rl.run import Run
 
 
 def initial(config):

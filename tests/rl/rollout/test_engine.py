@@ -128,7 +128,7 @@ def test_released_and_compacted_slots():
     state = engine.release(state, np.array([True, True, False, False]))
     assert state.active.tolist() == [False, False, True, False]
     equal(state._replace(active=before.active), before)
-    small = engine.compact(state, np.array([2, 1], np.int32))
+    small = engine.compact(SETTINGS, state, np.array([2, 1], np.int32))
     equal(small, jax.tree.map(lambda x: np.asarray(x)[[2, 1]], state))
     tokens = decode("llama", admitted("llama"))[1].tokens
     equal(decode("llama", small)[1].tokens[:, 0], tokens[:, 2])
