@@ -186,6 +186,28 @@ def agreed(value: int) -> list[int]:
     return multihost_utils.process_allgather(np.int32(value)).reshape(-1).tolist()
 
 
+def exchanged(value: Any) -> list[Any]:
+    """The JSON values of all processes, process 0's first, on each of them; all have to call this at the same point."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = agreed(text.size)
+    room = 1 << max(sizes).bit_length()  # a power of two: few programs to compile
+    every = np.asarray(multihost_utils.process_allgather(np.pad(text, (0, room - text.size))))
+    return [json.loads(row[:size].tobytes()) for row, size in zip(every.reshape(-1, room), sizes, strict=True)]
+
+
+def on_host(tree: Any) -> Any:
+    """Arrays of several processes as NumPy arrays, whole and in each of them, one after the other; others as they are."""
+
+    def whole(x):
+        if not isinstance(x, jax.Array) or x.is_fully_addressable:
+            return x
+        return np.asarray(x if x.is_fully_replicated else multihost_utils.process_allgather(x, tiled=True))
+
+    return jax.tree.map(whole, tree)
+
+
 def check_agreement(config: Mapping[str, Any]) -> None:
     """Refuses processes that would not run the same program.
 
