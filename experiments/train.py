@@ -3,7 +3,15 @@
     python -m experiments.train --config=configs/countdown_eggroll.py --workdir=runs/countdown
     python -m experiments.train --config=configs/countdown_grpo.py:dapo --workdir=runs/dapo
 
-The same command resumes. Every step: problems -> completions -> verdicts -> what the method learns from them
+    export JAX_COORDINATOR_ADDRESS=host0:1234 JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=0    # 1 on the second host
+    python -m experiments.train --config=configs/countdown_grpo.py --workdir=/shared/grpo --config.mesh.fsdp=-1
+
+The same command resumes. Several processes (`rl.mesh.connect`) run one program on one config: `config.mesh` divides the work
+over the devices of all, each has `config.reward.workers` of its own judge a share of the answers, and the first writes the
+files, in a folder that all must see. They end in the same step on SIGTERM to one of them, and within half a minute where one
+is lost.
+
+Every step: problems -> completions -> verdicts -> what the method learns from them
 (`rl.learners`). The mean parameters answer held-out problems greedily before the first step, every `eval_every` steps and at
 the end, where `result.json` compares the first with the last, `plot.png` is drawn, and `model` is the mean parameters in
 Hugging Face's layout, which `experiments.evaluate` and `transformers` load.

@@ -29,6 +29,7 @@ from rl.types import TrainBatch
 
 AXES = ("population", "data", "fsdp", "tensor")
 SPREAD = AXES[:3]  # what members, sequences and slots are divided over
+_SILENCE = 30  # seconds without a heartbeat after which a process counts as lost
 _VERSIONED = ("jax", "jaxlib", "eggroll-jax")
 
 # The first pattern found in a path decides; entries are of the last axes, so that stacked layers and experts have these too.
@@ -157,7 +158,7 @@ def connect() -> None:
     """Makes the processes of a launch one: call before jax looks for devices; a process alone is left as it is.
 
     Reads JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID, or what SLURM and Open MPI
-    set for their tasks.
+    set for their tasks. Where one is lost, what the others exchange with it fails, or at the latest 30 s later jax aborts them.
 
     Raises:
         ValueError: some of the three variables without the others.
@@ -168,10 +169,11 @@ def connect() -> None:
         raise ValueError(
             f"several processes need all of {', '.join(names)}; missing: {', '.join(n for n in names if n not in given)}"
         )
+    lost = {"heartbeat_timeout_seconds": _SILENCE}
     if given:
-        jax.distributed.initialize(given[names[0]], int(given[names[1]]), int(given[names[2]]))
+        jax.distributed.initialize(given[names[0]], int(given[names[1]]), int(given[names[2]]), **lost)
     elif int(os.environ.get("SLURM_NTASKS", os.environ.get("OMPI_COMM_WORLD_SIZE", "1"))) > 1:
-        jax.distributed.initialize()
+        jax.distributed.initialize(**lost)
 
 
 def is_main() -> bool:

@@ -1,5 +1,6 @@
 """Language models learn in two processes of four devices what they learn in one of eight, losses and signals included."""
 
+import signal
 import time
 
 import numpy as np
@@ -49,7 +50,9 @@ def test_evolution_ends_with_the_bits_of_one_process_after_a_loss_and_a_signal(t
     wait(running, 6)
     running[1].kill()
     (status, _, errors), _ = ends(running)
-    assert status == 3 and "process 0 of 2 lost another one" in errors and lines() < 40
+    # by an exchange that fails, or, where it waits for a device of its own that does, when heartbeats are missed
+    says = {3: "process 0 of 2 lost another one", -signal.SIGABRT: "most likely indicates that another task died"}
+    assert status in says and says[status] in errors and lines() < 40
 
     running = run("two", 2)
     wait(running, lines() + 3)
