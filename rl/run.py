@@ -32,6 +32,7 @@ import ml_collections
 import numpy as np
 
 import kernels
+from eggroll import sharding
 from rl import checkpoint, progress
 from rl import config as config_lib
 from rl import mesh as meshes
@@ -180,7 +181,7 @@ class Run:
           rl.checkpoint.CheckpointError: the checkpoint belongs to another kind of state.
           RunError: `metrics.jsonl` or a log is shorter than the checkpoint says.
         """
-        found = checkpoint.restore(self.workdir / "checkpoints", state)
+        found = checkpoint.restore(self.workdir / "checkpoints", jax.tree.map(_own, state))
         for line in found.skipped:
             self._progress.say(f"warning: {line}")
         self.fallbacks = len(found.skipped)
@@ -198,7 +199,7 @@ class Run:
         self._progress.start(self.step, self.work)
         self._started = self._last = time.perf_counter()
         self._restored = True
-        return found.state
+        return jax.tree.map(_laid_out, found.state, state)
 
     def say(self, line: str) -> None:
         """Prints a line of its own, beside the progress line."""
@@ -366,6 +367,22 @@ def launch(
     except (kernels.KernelError, config_lib.ConfigError, RunError, checkpoint.CheckpointError, *errors) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def _own(leaf: Any) -> Any:
+    """A PRNG key that lies on devices of several processes as one of this process: no checkpoint can be read onto them."""
+    if not _is_spread(leaf) or not jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return leaf
+    return jax.random.wrap_key_data(np.asarray(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+
+
+def _laid_out(leaf: Any, like: Any) -> Any:
+    """The inverse of `_own`."""
+    return sharding.put(leaf, like.sharding) if _is_spread(like) and not _is_spread(leaf) else leaf
+
+
+def _is_spread(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
 
 
 def _scalar(name: str, value: Any) -> bool | int | float:
