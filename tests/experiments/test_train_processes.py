@@ -3,11 +3,14 @@
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.experiments.tiny_train import CONFIG, final, rows, save_start
+from experiments import build
+from rl.config import ConfigError
+from tests.experiments.tiny_train import CONFIG, config_of, final, rows, save_start
 from tests.rl.processes import ends, start
 
 
@@ -20,6 +23,15 @@ def finish(running):
     ended = ends(running)
     assert [status for status, *_ in ended] == [0] * len(ended), ended
     return ended
+
+
+def test_processes_that_would_all_do_the_same_are_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    config = config_of("none")
+    with pytest.raises(ConfigError, match="got 2 processes with 8 devices and sizes of config.mesh that are all 1"):
+        build.mesh(config)
+    config.mesh.data = -1
+    assert build.mesh(config).shape["data"] == 8
 
 
 @pytest.mark.slow
