@@ -35,8 +35,7 @@ def learner(es: eggroll.Strategy, fitness: Fitness, key: jax.Array, *, common: b
 
     def learn(state: eggroll.State, answers: Answers, replayed: None = None):
         value, ok = (answers.by_member(x, members) for x in (answers.scored.value, answers.scored.ok))
-        # on all devices, by one program, and not by as many as there are processes
-        shaped, measured = shape(place(es.mesh, member_fitness(fitness, value, ok), whole=True))
+        shaped, measured = shape(member_fitness(fitness, value, ok))
         state, metrics = update(state, shaped)
         return state, measured | metrics | {"fitness": shaped}
 
