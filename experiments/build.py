@@ -137,12 +137,18 @@ def mesh(config: ml_collections.ConfigDict) -> Mesh | None:
     """The devices of `config.mesh`; None: one.
 
     Raises:
-      ConfigError: sizes that do not multiply to the number of devices.
+      ConfigError: sizes that do not multiply to the number of devices; several processes on one device each.
     """
     try:
-        return meshes.make(config.mesh.to_dict())
+        devices = meshes.make(config.mesh.to_dict())
     except ValueError as error:
         raise ConfigError(f"config.mesh: {error}") from error
+    if devices is None and jax.process_count() > 1:
+        raise ConfigError(
+            f"several processes divide one run over all their devices; got {jax.process_count()} processes with "
+            f"{jax.device_count()} devices and sizes of config.mesh that are all 1: set one to -1 (what is left)"
+        )
+    return devices
 
 
 def strategy(

@@ -10,6 +10,7 @@ import ml_collections
 import numpy as np
 
 from experiments import build
+from rl import mesh as meshes
 from rl import slots as slots_lib
 from rl import supervised, tasks
 from rl.config import ConfigError
@@ -124,11 +125,17 @@ def task_of(config: ml_collections.ConfigDict) -> tasks.Task:
 
 
 def export(folder: Path, setup: Setup, params: Params) -> None:
-    """Writes parameters as a checkpoint in Hugging Face's layout, all of it or nothing."""
-    unfinished = folder.with_name(f"{folder.name}.writing")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    save(unfinished, setup.model, params, setup.tokenizer)
-    unfinished.rename(folder)
+    """Writes parameters as a checkpoint in Hugging Face's layout, all of it or nothing.
+
+    Of several processes, which all call this, the first writes, and all return when the folder is there.
+    """
+    params = meshes.on_host(params)
+    if meshes.is_main():
+        unfinished = folder.with_name(f"{folder.name}.writing")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        save(unfinished, setup.model, params, setup.tokenizer)
+        unfinished.rename(folder)
+    meshes.agreed(0)
 
 
 def language_model(config: ml_collections.ConfigDict, task: tasks.Task) -> tuple[LanguageModel, Params, Tokenizer]:
@@ -182,7 +189,7 @@ def warm_start(run: Run, setup: Setup, params: Params) -> Params:
     c, folder = setup.config.warm_start, run.workdir / "warm_start"
     if setup.lessons is None:
         return params
-    if not folder.is_dir():
+    if not meshes.agreed(folder.is_dir())[0]:
         params = supervised.fit(
             setup.model, params, setup.lessons, steps=c.steps, batch=c.batch, learning_rate=c.learning_rate,
             seed=setup.config.seed,

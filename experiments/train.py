@@ -3,7 +3,15 @@
     python -m experiments.train --config=configs/countdown_eggroll.py --workdir=runs/countdown
     python -m experiments.train --config=configs/countdown_grpo.py:dapo --workdir=runs/dapo
 
-The same command resumes. Every step: problems -> completions -> verdicts -> what the method learns from them
+    export JAX_COORDINATOR_ADDRESS=host0:1234 JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=0    # 1 on the second host
+    python -m experiments.train --config=configs/countdown_grpo.py --workdir=/shared/grpo --config.mesh.fsdp=-1
+
+The same command resumes. Several processes (`rl.mesh.connect`) run one program on one config: `config.mesh` divides the work
+over the devices of all, each has `config.reward.workers` of its own judge a share of the answers, and the first writes the
+files, in a folder that all must see. They end in the same step on SIGTERM to one of them, and within half a minute where one
+is lost.
+
+Every step: problems -> completions -> verdicts -> what the method learns from them
 (`rl.learners`). The mean parameters answer held-out problems greedily before the first step, every `eval_every` steps and at
 the end, where `result.json` compares the first with the last, `plot.png` is drawn, and `model` is the mean parameters in
 Hugging Face's layout, which `experiments.evaluate` and `transformers` load.
@@ -20,7 +28,7 @@ import numpy as np
 from experiments import build, plot
 from experiments.language import SCORES, Setup, evaluate, export, set_up, start_slots, task_of, verdicts, warm_start
 from rl import generations
-from rl.config import ConfigError
+from rl import mesh as meshes
 from rl.data import prompts as data
 from rl.data import selection
 from rl.data.embedding import embed
@@ -45,11 +53,6 @@ _SHOWN = (
 def train(config: ml_collections.ConfigDict, workdir: str | Path, tensorboard: bool = False) -> dict[str, Any]:
     """Runs or resumes a config in a folder; returns what `result.json` holds."""
     build.require(config, "task", "warm_start")
-    if jax.process_count() > 1:
-        raise ConfigError(
-            f"language models train in one process, whose host runs the verifiers; got {jax.process_count()}: divide the work "
-            "over the devices of one host by config.mesh"
-        )
     build.check(config)
     task = task_of(config)
     with Pool(task.verify, workers=config.reward.workers, deadline=config.reward.deadline) as pool:
@@ -187,7 +190,8 @@ def learn(run: Run, setup: Setup, state: State, made: Step) -> tuple[Any, dict[s
         return setup.learner.learn(state.learner, made.answers, made.replayed)
     except NonFinite as error:
         path = run.workdir / "nonfinite_batch.npz"
-        np.savez(path, **error.groups._asdict())
+        if meshes.is_main():
+            np.savez(path, **error.groups._asdict())
         raise RunError(f"{error}, which is in {path}") from error
 
 
@@ -275,7 +279,7 @@ def plan(setup: Setup, state: State) -> str:
 def finish(run: Run, setup: Setup, params: Params, before: Scored, after: Scored) -> dict[str, Any]:
     """Writes the parameters (once) and the result: the paired difference on the same problems with its 95 % interval."""
     folder = run.workdir / "model"
-    if not folder.is_dir():
+    if not meshes.agreed(folder.is_dir())[0]:
         export(folder, setup, params)
     solved = [100.0 * (scored.value >= 1) for scored in (before, after)]
     gained = {"solved": solved, "reward": [before.value, after.value]}

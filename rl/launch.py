@@ -23,7 +23,8 @@ def launch(
 ) -> tuple[str, dict[str, Any]]:
     """Runs `train(config, workdir, tensorboard)` as the command line asks (`rl.config.parse`), in all processes of a launch.
 
-    Returns in the first process; the others end when it is done. A process that was lost ends them all, with status 3.
+    Returns in the first process; the others end when it is done. A process that was lost ends them all, with status 3 or by
+    an abort of jax (`rl.mesh.connect`).
 
     Args:
       train: trains and returns the run's result.

@@ -32,6 +32,7 @@ from rl.types import TrainBatch
 
 AXES = ("population", "data", "fsdp", "tensor")
 SPREAD = AXES[:3]  # what members, sequences and slots are divided over
+_SILENCE = 30  # seconds without a heartbeat after which a process counts as lost
 _VERSIONED = ("jax", "jaxlib", "eggroll-jax")
 
 # The first pattern found in a path decides; entries are of the last axes, so that stacked layers and experts have these too.
@@ -160,7 +161,7 @@ def connect() -> None:
     """Makes the processes of a launch one: call before jax looks for devices; a process alone is left as it is.
 
     Reads JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID, or what SLURM and Open MPI
-    set for their tasks.
+    set for their tasks. Where one is lost, what the others exchange with it fails, or at the latest 30 s later jax aborts them.
 
     Raises:
         ValueError: some of the three variables without the others.
@@ -171,10 +172,11 @@ def connect() -> None:
         raise ValueError(
             f"several processes need all of {', '.join(names)}; missing: {', '.join(n for n in names if n not in given)}"
         )
+    lost = {"heartbeat_timeout_seconds": _SILENCE}
     if given:
-        jax.distributed.initialize(given[names[0]], int(given[names[1]]), int(given[names[2]]))
+        jax.distributed.initialize(given[names[0]], int(given[names[1]]), int(given[names[2]]), **lost)
     elif int(os.environ.get("SLURM_NTASKS", os.environ.get("OMPI_COMM_WORLD_SIZE", "1"))) > 1:
-        jax.distributed.initialize()
+        jax.distributed.initialize(**lost)
 
 
 def is_main() -> bool:
@@ -187,6 +189,28 @@ def agreed(value: int) -> list[int]:
     if jax.process_count() == 1:
         return [value]
     return multihost_utils.process_allgather(np.int32(value)).reshape(-1).tolist()
+
+
+def exchanged(value: Any) -> list[Any]:
+    """The JSON values of all processes, process 0's first, on each of them; all have to call this at the same point."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = agreed(text.size)
+    room = 1 << max(sizes).bit_length()  # a power of two: few programs to compile
+    every = np.asarray(multihost_utils.process_allgather(np.pad(text, (0, room - text.size))))
+    return [json.loads(row[:size].tobytes()) for row, size in zip(every.reshape(-1, room), sizes, strict=True)]
+
+
+def on_host(tree: Any) -> Any:
+    """Arrays of several processes as NumPy arrays, whole and in each of them, one after the other; others as they are."""
+
+    def whole(x):
+        if not isinstance(x, jax.Array) or x.is_fully_addressable:
+            return x
+        return np.asarray(x if x.is_fully_replicated else multihost_utils.process_allgather(x, tiled=True))
+
+    return jax.tree.map(whole, tree)
 
 
 def check_agreement(config: Mapping[str, Any]) -> None:

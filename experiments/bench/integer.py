@@ -1,4 +1,4 @@
-"""The integer language model: int8 against the same model in f32, and what a generation costs by population; see the package."""
+"""The integer language model: int8 against the same model in f32, and a generation by population; see the package."""
 
 import functools
 from collections.abc import Callable, Iterator

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from eggroll import sharding
+
 Row = dict[str, Any]
 
 
@@ -162,4 +164,4 @@ def _make(value: np.ndarray, row: Row, expected: Row, leaf: Any, cast: bool) -> 
         array = jnp.broadcast_to(jnp.asarray(value.dtype.type(0).item()), value.shape).at[...].set(array)
     if row["kind"] == "key":
         array = jax.random.wrap_key_data(array, impl=row["key"])
-    return jax.device_put(array, leaf.sharding) if committed else array
+    return sharding.put(array, leaf.sharding) if committed else array

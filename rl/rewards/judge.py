@@ -1,17 +1,37 @@
 """From completions to numbers per row, per prompt and per member."""
 
+import zlib
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
-from rl.rewards.pool import Pool
-from rl.tasks.types import Problem
+from rl import mesh as meshes
+from rl.rewards.pool import Pool, PoolError
+from rl.tasks.types import Problem, Verdict
 from rl.types import Scored
 
 
 def judge(pool: Pool, completions: Sequence[str], problems: Sequence[Problem]) -> Scored:
-    """Asks the verifiers about completions[i] of problems[i]."""
-    verdicts = pool.score(completions, [problem.answer for problem in problems])
+    """Asks the verifiers about completions[i] of problems[i].
+
+    Several processes (`rl.mesh.connect`) all ask the same. Each has its own pool judge a share of it, and all get the
+    verdicts of all: a deadline, or a verifier that would not say the same twice, decides once and for everybody.
+
+    Raises:
+        PoolError: see `Pool.score`; processes that ask about different completions, whose runs would part.
+    """
+    own = slice(jax.process_index(), None, jax.process_count())
+    given = pool.score(completions[own], [problem.answer for problem in problems[own]])
+    asked = zlib.crc32("\0".join(completions).encode())
+    every = meshes.exchanged([asked, given])
+    odd = [i for i, (other, _) in enumerate(every) if other != every[0][0]]
+    if odd:
+        raise PoolError(
+            f"all processes must get the same completions, but those of processes {odd} differ from process 0's: run them on "
+            "machines of one kind; the same commands resume from the newest checkpoint"
+        )
+    verdicts = [Verdict(*every[i % len(every)][1][i // len(every)]) for i in range(len(completions))]
     names = dict.fromkeys(name for verdict in verdicts for name in verdict.parts)
     return Scored(
         value=np.array([verdict.value for verdict in verdicts], np.float64),

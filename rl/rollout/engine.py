@@ -237,7 +237,7 @@ def admit(
         put(state.uid, rows.uid),
         put(state.member, rows.member),
     )
-    return _divided(settings, state), experts
+    return _divided(settings, state), _everywhere(settings, experts)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
@@ -280,10 +280,8 @@ def decode(
     _, state, (drawn, experts) = jax.lax.while_loop(going_on, body, (jnp.int32(0), state, written))
     back = lambda old, new, axis: new if axis is None else old.at[(slice(None),) * (1 + axis) + (slice(view),)].set(new)
     state = state._replace(cache=jax.tree.map(back, whole, state.cache, axes_of_length))
-    state, chunk = _divided(settings, state), Chunk(*drawn, state.position - began, state.active, experts)
-    if settings.mesh is not None:  # for the host of every process
-        chunk = jax.lax.with_sharding_constraint(chunk, NamedSharding(settings.mesh, PartitionSpec()))
-    return state, chunk
+    chunk = Chunk(*drawn, state.position - began, state.active, experts)
+    return _divided(settings, state), _everywhere(settings, chunk)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -305,6 +303,13 @@ def _divided(settings: Settings, state: State) -> State:
     if settings.mesh is None:
         return state
     return jax.lax.with_sharding_constraint(state, NamedSharding(settings.mesh, PartitionSpec(SPREAD)))
+
+
+def _everywhere(settings: Settings, tree):
+    """Whole on every device: for the host of every process."""
+    if settings.mesh is None:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(settings.mesh, PartitionSpec()))
 
 
 def _step(model: LanguageModel, settings: Settings, params, axes, state: State, u: Array):

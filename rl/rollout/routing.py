@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jax import Array
 
+from rl.mesh import on_host
 from rl.models.experts import id_dtype
 from rl.models.language import LanguageModel, Params
 from rl.types import Requests, Rollouts
@@ -59,7 +60,7 @@ def recompute(
     out = np.full((n, columns + longest, c.layers, c.experts_per_token), -1, id_dtype(c.experts))
     for start in range(0, n, batch):
         rows = np.arange(start, start + batch) % n  # the last pass is filled with rows that come again
-        chosen = np.asarray(_routed(model, params, ids[rows], (prompt + length)[rows, 0]))
+        chosen = np.asarray(on_host(_routed(model, params, ids[rows], (prompt + length)[rows, 0])))
         chosen = np.take_along_axis(chosen, source[rows, :, None, None], axis=1)
         out[rows] = np.where(there[rows, :, None, None], chosen, -1)
     return out

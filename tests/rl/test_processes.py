@@ -1,42 +1,12 @@
 """Two processes of four devices are one of eight; processes that would not agree are refused."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 import time
 
 import pytest
 
 from rl import mesh as meshes
-
-
-def start(count, *commands):
-    """So many processes of 8 / count devices."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    running = []
-    for i in range(count):
-        env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count}"}
-        if count > 1:
-            env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(i)}
-        pipe = subprocess.PIPE
-        running.append(
-            subprocess.Popen([sys.executable, "-m", *commands[i]], env=env, stdout=pipe, stderr=pipe, text=True)
-        )
-    return running
-
-
-def ends(running):
-    """[(exit status, output, errors)]."""
-    try:
-        ended = [process.communicate(timeout=120) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    return [(process.returncode, *texts) for process, texts in zip(running, ended, strict=True)]
+from tests.rl.processes import ends, start
 
 
 def launch(count, seeds=(0, 0)):
@@ -56,6 +26,7 @@ def test_two_processes_give_the_bits_of_one():
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
     assert found(first[1]) == found(alone) | {"processes": 2}
     assert found(alone)["devices"] == 8 and "bits" not in second[1]
+    assert "told ['0 ', '1 éé']" in first[2] and "told ['0 ', '1 éé']" in second[2]  # not of one length
 
 
 def test_processes_that_do_not_agree_are_refused():
@@ -78,7 +49,7 @@ def test_processes_of_one_run_stop_in_one_step_and_go_on_after_one_is_lost(tmp_p
             f"--workdir={tmp_path / name}",
             "--config.steps=60",
         )
-        return start(count, *[command] * count)
+        return start(count, command)
 
     lines = lambda: (tmp_path / "two" / "metrics.jsonl").read_bytes().count(b"\n")
 

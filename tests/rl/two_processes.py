@@ -36,7 +36,12 @@ def main(seed: int) -> None:
 
     for _ in range(2):
         scores, state = generation(state)
-    whole = [np.asarray(x) for x in (scores, state.params["w"])]
+    spread = meshes.place(
+        meshes.make({"fsdp": -1}), {"embed": {"embedding": np.arange(32, dtype=np.float32).reshape(4, 8)}}
+    )
+    whole = [np.asarray(x) for x in (scores, state.params["w"], *jax.tree.leaves(meshes.on_host(spread)))]
+    told = meshes.exchanged(f"{jax.process_index()} {'éé' * jax.process_index()}")
+    print(f"told {told}", file=sys.stderr)
     if meshes.is_main():
         found = {"processes": jax.process_count(), "devices": jax.device_count()}
         print(json.dumps(found | {"bits": [x.tobytes().hex() for x in whole]}))

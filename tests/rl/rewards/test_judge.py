@@ -2,13 +2,18 @@
 
 import functools
 import itertools
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import numpy as np
 import pytest
 
+from rl import mesh as meshes
 from rl.rewards.judge import fill_unjudged, judge, mean_reward, pass_at
-from rl.rewards.pool import Pool
-from rl.tasks.types import Problem
+from rl.rewards.pool import Pool, PoolError
+from rl.tasks.types import Problem, Verdict
 
 NAN = np.nan
 
@@ -29,6 +34,57 @@ def test_verdicts_become_arrays_in_order():
     again = scored.take(np.array([4, 4, 1]))
     assert list(again.status) == ["ok", "ok", "unscorable"] and list(again.value) == [0, 0, 0]
     np.testing.assert_array_equal(again.parts["answer"], [40, 40, NAN])
+
+
+class Lengths:
+    """A pool whose verdict is the length of the text, and who asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def score(self, completions, answers):
+        self.asked += list(zip(completions, answers, strict=True))
+        return [Verdict(len(text), "timeout" if text == "bb" else "ok", {text: 0.5}) for text in completions]
+
+
+def in_processes(monkeypatch, completions, pools):
+    """What each of so many processes gets of `judge`: threads that exchange what they say."""
+    here, met, said = threading.local(), threading.Barrier(len(pools), timeout=10), [None] * len(pools)
+
+    def exchanged(value):
+        said[here.index] = json.loads(json.dumps(value))
+        met.wait()
+        return said
+
+    def ask(i):
+        here.index = i
+        return judge(pools[i], completions[i], [Problem(str(n), "p", answer=n) for n in range(len(completions[i]))])
+
+    monkeypatch.setattr(jax, "process_count", lambda: len(pools))
+    monkeypatch.setattr(jax, "process_index", lambda: here.index)
+    monkeypatch.setattr(meshes, "exchanged", exchanged)
+    with ThreadPoolExecutor(len(pools)) as threads:
+        return [threads.submit(ask, i) for i in range(len(pools))]
+
+
+@pytest.mark.parametrize("texts", [["a", "bb", "", "dddd", "eeeee"], ["a"], []])
+def test_processes_judge_a_share_each_and_get_the_verdicts_of_all(monkeypatch, texts):
+    pools = [Lengths() for _ in range(3)]
+    for future in in_processes(monkeypatch, [texts] * 3, pools):
+        scored = future.result()
+        assert list(scored.value) == [len(text) for text in texts]
+        assert list(scored.status) == ["timeout" if text == "bb" else "ok" for text in texts]
+        for row, text in enumerate(texts):
+            np.testing.assert_array_equal(scored.parts[text], [0.5 if n == row else NAN for n in range(len(texts))])
+    every = sorted(item for pool in pools for item in pool.asked)
+    assert every == sorted(zip(texts, range(len(texts)), strict=True))
+    assert {len(pool.asked) for pool in pools} <= {len(texts) // 3, -(-len(texts) // 3)}
+
+
+def test_processes_that_ask_different_things_are_refused(monkeypatch):
+    for future in in_processes(monkeypatch, [["a", "b"], ["a", "b"], ["a", "c"]], [Lengths() for _ in range(3)]):
+        with pytest.raises(PoolError, match=r"those of processes \[2\] differ from process 0's"):
+            future.result()
 
 
 def test_mean_reward_is_over_the_samples_that_were_judged():
