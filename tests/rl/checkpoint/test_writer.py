@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from rl import checkpoint
-from rl.checkpoint import leaves, store
+from rl.checkpoint import disk, leaves, store
 
 MESH = jax.make_mesh((8,), ("d",))
 SHARDED = jax.sharding.NamedSharding(MESH, jax.sharding.PartitionSpec("d"))
@@ -111,12 +111,12 @@ def test_snapshots_become_checkpoints_in_order_and_block_beyond_the_bound(tmp_pa
     alive, most, write, lock = 0, 0, store.write, threading.Lock()
     copy, gate = leaves.copy, threading.Event()
 
-    def counted_copy(snapshot):
+    def counted_copy(*arguments):
         nonlocal alive, most
         with lock:
             alive += 1
             most = max(most, alive)
-        return copy(snapshot)
+        return copy(*arguments)
 
     def counted_write(*arguments):
         nonlocal alive
@@ -142,8 +142,8 @@ def test_snapshots_become_checkpoints_in_order_and_block_beyond_the_bound(tmp_pa
 STAGES = {
     "arrays": (store, "_described"),
     "checksum": (store, "_checksum"),
-    "meta": (store, "_write_json"),
-    "flush": (store, "_flush_path"),
+    "meta": (disk, "write_json"),
+    "flush": (disk, "flush"),
     "commit": (store, "_commit"),
     "rename": (os, "rename"),
 }

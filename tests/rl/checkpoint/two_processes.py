@@ -3,6 +3,7 @@
 Arguments: process, port, folder.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from rl import checkpoint
-from tests.rl.checkpoint.test_store import flip_one_bit
+from tests.rl.checkpoint.test_store import flip
 
 ROWS = np.arange(8000, dtype=np.float32).reshape(8, 1000)
 
@@ -49,7 +50,9 @@ def main() -> None:
     check(checkpoint.restore(folder, state(0.0)))
     multihost_utils.sync_global_devices("restored")
     if process == 0:
-        flip_one_bit(folder / f"{2:010d}", "arrays/ocdbt.process_1")
+        place = folder / f"{2:010d}"
+        rows = json.loads((place / "meta.json").read_text())["leaves"]["['rows']"]
+        flip(place / "arrays" / rows["array"] / "3.0")  # process 1 holds the last block of four
     check(checkpoint.restore(folder, state(0.0)))
 
 
