@@ -116,9 +116,9 @@ class Run:
                 files.settle_config(self.workdir, self._config)
             # Appending files are only cut back in `restore`, once it is known to which step.
             place = lambda name: self.workdir / name if self._main else os.devnull
-            self._metrics = open(place("metrics.jsonl"), "ab")
-            self._timing = open(place("timing.jsonl"), "ab")
-            self._logs = {name: open(place(name), "ab") for name in self._log_names}
+            self._metrics = open(place("metrics.jsonl"), "ab", buffering=0)
+            self._timing = open(place("timing.jsonl"), "ab", buffering=0)
+            self._logs = {name: open(place(name), "ab", buffering=0) for name in self._log_names}
         except BaseException:
             if self._lock is not None:
                 self._lock.close()
@@ -210,8 +210,7 @@ class Run:
 
     def append(self, name: str, content: bytes) -> None:
         """Appends bytes to one of `logs`, as `log` appends rows."""
-        self._logs[name].write(content)
-        self._logs[name].flush()
+        files.append(self._logs[name], content)
 
     def record(self, state: Any, metrics: Mapping[str, Any], work: int | None = None) -> None:
         """Counts one step: appends its metrics, shows progress, saves when due.
@@ -297,8 +296,7 @@ class Run:
             values = {name: _scalar(name, value) for name, value in jax.device_get(metrics).items()}
             now = time.perf_counter()
             row = {"step": step} | ({} if work is None else {self._unit: work}) | values
-            self._metrics.write(files.json_line(row))
-            self._metrics.flush()
+            files.append(self._metrics, files.json_line(row))
             self._values = values
             seconds = self._seconds_before + now - self._started
             timing = {"step": step, "seconds": seconds, "steps_per_second": 1.0 / max(now - self._last, 1e-9)}
@@ -306,8 +304,7 @@ class Run:
                 timing["save_blocked_seconds"] = self._writer.blocked
             if self.fallbacks:
                 timing["checkpoint_fallbacks"] = self.fallbacks
-            self._timing.write(files.json_line(timing))
-            self._timing.flush()
+            files.append(self._timing, files.json_line(timing))
             self._last = now
             if self._events is not None:
                 for name, value in values.items():
@@ -334,7 +331,7 @@ def launch(
       train: trains and returns the run's result.
       argv: the command line with the program's name first; `sys.argv` if None.
       errors: besides `ConfigError`, `RunError` and `CheckpointError`, what a user can cause and correct: printed as one
-        message, with exit status 2.
+        message, with exit status 2. So is a full disk, which leaves the last checkpoint to resume from.
 
     Returns:
       (workdir, result).
@@ -363,6 +360,14 @@ def launch(
             "again by the same command, which resumes from the newest checkpoint", file=sys.stderr, flush=True,
         )  # fmt: skip
         os._exit(3)  # what waits for the lost one would wait for long
+    except OSError as error:
+        message = checkpoint.no_room(error, Path(workdir) / "checkpoints")
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        if jax.process_count() > 1:
+            os._exit(2)  # the others wait for this one, which would wait for them
+        raise SystemExit(2) from error
     except (kernels.KernelError, config_lib.ConfigError, RunError, checkpoint.CheckpointError, *errors) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

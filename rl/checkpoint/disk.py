@@ -1,12 +1,15 @@
 """Files that are complete, and on disk, when it is said that they are."""
 
+import contextlib
 import errno
 import fcntl
 import json
 import math
 import mmap
 import os
+import resource
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,7 +34,7 @@ def write_array(path: Path, value: np.ndarray) -> None:
     per 200 MB, which a training that uses all processors would lack. Past it: 0.01 s, or 0.06 s if the array is not `aligned`.
     """
     content = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
-    with open(path, "xb", buffering=0) as file:
+    with naming(path), open(path, "xb", buffering=0) as file:
         done = _write_pages(file, content)
         while done < len(content):
             done += file.write(content[done : done + _PIECE].data)
@@ -62,7 +65,8 @@ def _write_pages(file: BinaryIO, content: np.ndarray) -> int:
 def write_json(path: Path, content: Any) -> None:
     """Complete as soon as it has its name: another process may be waiting for it."""
     temporary = path.with_suffix(".writing")
-    temporary.write_text(json.dumps(content))
+    with naming(temporary):
+        temporary.write_text(json.dumps(content))
     flush(temporary)
     os.rename(temporary, path)
 
@@ -92,3 +96,22 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Errors of writing to a file, unlike those of opening it, do not say which."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def full(error: BaseException) -> str | None:
+    """What is full, if that is why something could not be written (TensorStore has no error numbers): how much it holds."""
+    if os.strerror(errno.EFBIG) in str(error):
+        return f"a file may have at most {resource.getrlimit(resource.RLIMIT_FSIZE)[0]:,} bytes (ulimit -f)"
+    if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
+        return "the disk, or a quota, is full"
+    return None

@@ -21,6 +21,10 @@ class CheckpointError(ValueError):
     """A state that cannot be saved, or a checkpoint that does not fit the state it should fill."""
 
 
+class NoRoomError(CheckpointError, OSError):
+    """A checkpoint that could not be written because something is full; those before it stand."""
+
+
 class Snapshot(NamedTuple):
     """A state at one moment; both dictionaries have its leaves by name, in flattening order."""
 

@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from rl.checkpoint import backend, disk, leaves, retention
-from rl.checkpoint.leaves import CheckpointError, Row, Snapshot
+from rl.checkpoint.leaves import CheckpointError, NoRoomError, Row, Snapshot
 
 _FORMAT = 2
 _UNUSABLE = "unusable-"
@@ -58,6 +58,7 @@ def save(
 
     Raises:
       CheckpointError: a leaf that cannot be stored (the message names it).
+      NoRoomError: a disk, a quota or a limit of this process is full.
     """
     retention.check(keep)
     write(directory, step, leaves.view(state), extra, keep)
@@ -71,12 +72,44 @@ def write(
     keep: retention.Keep,
     files: Sequence[BinaryIO] = (),
 ) -> None:
-    """`save` of a snapshot, whose `files` are on disk before the checkpoint appears; reads host memory only."""
+    """`save` of a snapshot, whose `files` are on disk before the checkpoint appears; reads host memory only.
+
+    Raises:
+      NoRoomError: a disk, a quota or a limit of this process is full.
+    """
     directory = Path(directory).absolute()
+    directory.mkdir(parents=True, exist_ok=True)
+    room = shutil.disk_usage(directory).free
+    try:
+        _write(directory, step, snapshot, extra, files)
+    except Exception as error:
+        takes = sum(value.nbytes for value in snapshot.values.values())
+        message = no_room(error, directory, f"; step {step} takes {takes:,} bytes and {room:,} were free")
+        if message is None:
+            raise
+        raise NoRoomError(message) from error
+    for old in retention.doomed(list(_entries(directory)), keep):
+        disk.remove(directory / f"{old:010d}")
+
+
+def no_room(error: Exception, directory: str | Path, sizes: str = "") -> str | None:
+    """What to tell about a write that failed because something is full, and how to go on; None if that is not why."""
+    if isinstance(error, NoRoomError):
+        return str(error)
+    full, saved = disk.full(error), steps(directory)
+    if full is None:
+        return None
+    intact = f"the checkpoint of step {saved[-1]} is intact" if saved else "there is no checkpoint yet"
+    again = "resumes from it" if saved else "begins again"
+    reason = " ".join(str(error).split()).partition(" [")[0]  # without what TensorStore adds
+    return f"{reason}: {full}{sizes}; {intact}: make room, and the same command {again}"
+
+
+def _write(directory: Path, step: int, snapshot: Snapshot, extra: Mapping[str, Any], files: Sequence[BinaryIO]) -> None:
     temporary, final = directory / f"{disk.TEMPORARY}{step:010d}", directory / f"{step:010d}"
     if jax.process_index() == 0:
         disk.remove(temporary)
-        temporary.mkdir(parents=True)
+        temporary.mkdir()
     arrays, rows = _described(snapshot)
     if arrays:
         backend.checkpointer(range(jax.process_count())).save(temporary / "arrays", arrays)
@@ -94,8 +127,6 @@ def write(
     meta |= {"versions": {"jax": jax.__version__}, "leaves": rows}
     disk.write_json(temporary / "meta.json", meta | {"crc32": _meta_checksum(meta)})
     _commit(temporary, final)
-    for old in retention.doomed(list(_entries(directory)), keep):
-        disk.remove(directory / f"{old:010d}")
 
 
 def restore(
