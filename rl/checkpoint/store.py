@@ -81,15 +81,13 @@ def write(
     directory.mkdir(parents=True, exist_ok=True)
     room = shutil.disk_usage(directory).free
     try:
-        _write(directory, step, snapshot, extra, files)
+        _write(directory, step, snapshot, extra, keep, files)
     except Exception as error:
         takes = sum(value.nbytes for value in snapshot.values.values())
         message = no_room(error, directory, f"; step {step} takes {takes:,} bytes and {room:,} were free")
         if message is None:
             raise
         raise NoRoomError(message) from error
-    for old in retention.doomed(list(_entries(directory)), keep):
-        disk.remove(directory / f"{old:010d}")
 
 
 def no_room(error: Exception, directory: str | Path, sizes: str = "") -> str | None:
@@ -105,7 +103,14 @@ def no_room(error: Exception, directory: str | Path, sizes: str = "") -> str | N
     return f"{reason}: {full}{sizes}; {intact}: make room, and the same command {again}"
 
 
-def _write(directory: Path, step: int, snapshot: Snapshot, extra: Mapping[str, Any], files: Sequence[BinaryIO]) -> None:
+def _write(
+    directory: Path,
+    step: int,
+    snapshot: Snapshot,
+    extra: Mapping[str, Any],
+    keep: retention.Keep,
+    files: Sequence[BinaryIO],
+) -> None:
     temporary, final = directory / f"{disk.TEMPORARY}{step:010d}", directory / f"{step:010d}"
     if jax.process_index() == 0:
         disk.remove(temporary)
@@ -127,6 +132,8 @@ def _write(directory: Path, step: int, snapshot: Snapshot, extra: Mapping[str, A
     meta |= {"versions": {"jax": jax.__version__}, "leaves": rows}
     disk.write_json(temporary / "meta.json", meta | {"crc32": _meta_checksum(meta)})
     _commit(temporary, final)
+    for old in retention.doomed(list(_entries(directory)), keep):
+        disk.remove(directory / f"{old:010d}")
 
 
 def restore(

@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from rl import checkpoint
+from rl.checkpoint import retention
 from tests.rl.checkpoint.test_store import flip
 
 ROWS = np.arange(8000, dtype=np.float32).reshape(8, 1000)
@@ -39,10 +40,12 @@ def check(found: checkpoint.Restored) -> None:
 
 
 def main() -> None:
-    """Saves twice through the writer, restores, damages what process 1 wrote last, and restores again."""
+    """Saves through the writer, restores, damages what process 1 wrote last, and restores again."""
     process, port, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"localhost:{port}", 2, process)
+    if process:  # of two that delete a checkpoint, one may find it gone
+        retention.doomed = lambda *_: sys.exit("only process 0 deletes old checkpoints")
     with checkpoint.Writer(folder) as writer:
         for step in (1, 2):
             writer.submit(step, state(step), {"by": process})
