@@ -3,6 +3,7 @@
 What it leaves is its plain layout: a folder of the format Zarr 2 for each array, which plain Orbax, TensorStore and zarr read.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,9 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from rl.checkpoint import disk
+
+# What fails in a thread of Orbax is raised by `save`: it need not be logged as well, with a traceback.
+logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run() raised" not in record.getMessage())
 
 
 class _HostArrays(ocp.type_handlers.NumpyHandler):

@@ -42,8 +42,10 @@ def held(monkeypatch):
     return gate
 
 
+@pytest.mark.parametrize("enqueued", [False, True])
 @pytest.mark.parametrize("kind", ["default", "sharded", "pinned"])
-def test_a_snapshot_survives_the_donation_of_the_state(tmp_path, overwrite, held, kind):
+def test_a_snapshot_survives_the_donation_of_the_state(tmp_path, overwrite, held, kind, enqueued, monkeypatch):
+    monkeypatch.setattr(leaves, "_enqueues", lambda array: enqueued)  # True as on an accelerator
     state = _fresh()
     if kind == "sharded":
         state["w"] = jax.device_put(state["w"], SHARDED)
