@@ -1,6 +1,6 @@
 """Checkpoints on disk, atomically.
 
-A checkpoint is the folder `<directory>/<step, 10 digits>` with `arrays/` (Orbax, uncompressed) and `meta.json`: the caller's
+A checkpoint is the folder `<directory>/<step, 10 digits>` with `arrays/` (Orbax, Zarr) and `meta.json`: the caller's
 `extra` values and, per leaf of the state, shape, dtype, the name of its array, and a CRC-32 of each of its `blocks`: one
 process writes a leaf as one block. It is written under a temporary name, flushed to disk and renamed, so a folder with a
 step's name was complete once; the checksums, which Orbax has none of, find what was damaged later.

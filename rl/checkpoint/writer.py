@@ -7,8 +7,9 @@
 
 After DataStates-LLM (Maurya et al., HPDC 2024, arXiv 2406.10707), whose idea is that a state does not change between two
 updates: its copy to the host need not stop anybody. In JAX arrays never change, and end when a step donates them, so
-`submit` enqueues copies into pinned host memory and returns. The thread waits for them, checksums, writes, flushes to disk
-and renames last; it reads host memory only and never launches a computation.
+`submit` enqueues copies into pinned host memory and returns; on a CPU it copies, into the memory of earlier snapshots. The
+thread waits for them, checksums, writes, flushes to disk and renames last; it reads host memory only and never launches a
+computation.
 """
 
 import collections
@@ -26,7 +27,7 @@ from rl.checkpoint import leaves, retention, store
 class Writer:
     """Writes the checkpoints of one folder, one after another; a context manager that ends when all are on disk.
 
-    Host memory: `in_flight` copies of the local part of the state, and what Orbax buffers of the one being written.
+    Host memory: `in_flight` copies of the local part of the state; on a CPU they are kept for the next snapshots.
 
     Attributes:
       blocked: seconds that `submit` and `wait` have waited for the thread.
