@@ -61,7 +61,8 @@ def case(victim: Victim, kind: str, folder: Path, seed: int) -> dict[str, Any]:
     harm = FAULTS[kind](victim, folder, random.Random(seed))
     intact = [step for step in committed(folder) if step != harm.damaged]
     newest = max([0, *intact, *map(int, _PROMISED.findall(harm.output))])
-    code, output = victim.start(folder).wait()
+    ended = [job.wait() for job in victim.start_all(folder, harm.processes)]
+    code, output = next((code for code, _ in ended if code), 0), "".join(text for _, text in ended)
     resumed = max([0, *map(int, _RESUMED.findall(output))])
     named = _UNUSABLE in output or _FULL in harm.output
     harmless = harm.damaged is not None and not named and resumed == harm.damaged

@@ -5,6 +5,7 @@
     kill_save       SIGKILL while a checkpoint is being written
     kill_commit     SIGKILL at the moment a checkpoint gets its name
     kill_restore    SIGKILL, and again while the killed run resumes
+    kill_peer       SIGKILL to one of two processes at any moment; the other one ends, and both are started again
     sigterm         SIGTERM at any moment
     full_disk       no file of the process can grow beyond a size, from any moment on (RLIMIT_FSIZE: "File too large")
     truncated       SIGKILL, then a file of the newest checkpoint loses its end
@@ -18,22 +19,26 @@ A run is forked from a process that has imported its script and used no device: 
 import contextlib
 import dataclasses
 import fcntl
+import importlib
 import os
 import random
 import resource
 import shutil
 import signal
+import socket
 import sys
 import time
 import traceback
+import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 POLL = 0.0005  # seconds between two looks at a folder
 _PIPE = 1 << 20  # bytes that a process may print
 LONGEST = 120.0  # seconds that one process may take
+_GRACE = 3.0  # seconds until one that waits for a lost one is ended, as whoever starts both again does
 
 
 class CampaignError(RuntimeError):
@@ -88,7 +93,17 @@ class Victim:
     saves: int = 1
     saving: float = 0.1
 
-    def start(self, folder: Path) -> Job:
+    def start_all(self, folder: Path, count: int) -> list[Job]:
+        """Starts the command in so many processes that run it together."""
+        if count == 1:
+            return [self.start(folder)]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+        return [self.start(folder, shared | {"JAX_PROCESS_ID": str(i)}) for i in range(count)]
+
+    def start(self, folder: Path, environment: Mapping[str, str] = types.MappingProxyType({})) -> Job:
         """Forks a process that runs the command in a folder."""
         output, theirs = os.pipe()
         fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, _PIPE)
@@ -102,12 +117,17 @@ class Victim:
         status = 1
         try:
             os.dup2(theirs, 1), os.dup2(theirs, 2)
+            os.environ |= environment
             status = self.main([*self.argv, f"--workdir={folder}"])
         except SystemExit as ended:
             status = ended.code if isinstance(ended.code, int) else 1
         except BaseException:  # noqa: BLE001 - this process ends here, and what it died of is in its output
             traceback.print_exc()
         finally:
+            if environment and not status:
+                importlib.import_module(
+                    "jax"
+                ).distributed.shutdown()  # as at an ordinary end: each waits for the others
             with contextlib.suppress(OSError):
                 sys.stdout.flush(), sys.stderr.flush()
             os._exit(status)
@@ -151,6 +171,7 @@ class Harm(NamedTuple):
     did: str
     output: str  # what the run had printed until then
     damaged: int | None = None  # step whose checkpoint is damaged, and still there
+    processes: int = 1  # that ran together, and are to be started again
 
 
 def _kill_within(longest: Callable[[Victim], float], number: int):
@@ -213,6 +234,22 @@ def _killed_after(victim: Victim, folder: Path, step: int, delay: float) -> str:
     return output
 
 
+def _kill_peer(victim: Victim, folder: Path, rng: random.Random) -> Harm:
+    killed, count = rng.randrange(2), rng.randrange(victim.saves)
+    delay = rng.uniform(0, victim.saving if count else 2 * victim.first)  # two start more slowly than one
+    jobs = victim.start_all(folder, 2)
+    until(lambda: (committed(folder) or [0])[-1] >= count, jobs[0], None)
+    until(lambda: False, jobs[killed], delay)
+    status, output = jobs[killed].kill()
+    until(lambda: False, jobs[1 - killed], _GRACE)
+    other, more = jobs[1 - killed].kill()
+    return Harm(
+        f"process {killed} {delay:.3f} s after step {count} (status {status}, of the other {other})",
+        output + more,
+        processes=2,
+    )
+
+
 def _full_disk(victim: Victim, folder: Path, rng: random.Random) -> Harm:
     delay, size = rng.uniform(0, victim.whole), int(10 ** rng.uniform(0, 3.7))
     job = victim.start(folder)
@@ -234,10 +271,8 @@ def _damage(spoil: Callable[[Path, random.Random], str]):
 
 
 def _some_file(place: Path, rng: random.Random) -> Path:
-    """Any file with content; three times in four not one of Orbax's copies by process, which are merged and not read again."""
-    files = sorted(path for path in place.rglob("*") if path.is_file() and path.stat().st_size)
-    read = [path for path in files if not any(part.startswith("ocdbt.process") for part in path.parts)]
-    return rng.choice(read if rng.random() < 0.75 else files)
+    """Any file with content."""
+    return rng.choice(sorted(path for path in place.rglob("*") if path.is_file() and path.stat().st_size))
 
 
 def _truncate(place: Path, rng: random.Random) -> str:
@@ -281,4 +316,5 @@ FAULTS = {
     "flipped": _damage(_flip),
     "deleted_file": _damage(_delete_file),
     "deleted_folder": _damage(_delete_folder),
+    "kill_peer": _kill_peer,
 }

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ def launch(
       train: trains and returns the run's result.
       argv: the command line with the program's name first; `sys.argv` if None.
       errors: besides `ConfigError`, `RunError` and `CheckpointError`, what a user can cause and correct: printed as one
-        message, with exit status 2.
+        message, with exit status 2. So is a full disk, which leaves the last checkpoint to resume from.
 
     Returns:
       (workdir, result).
@@ -59,6 +60,14 @@ def launch(
             "again by the same command, which resumes from the newest checkpoint", file=sys.stderr, flush=True,
         )  # fmt: skip
         os._exit(3)  # what waits for the lost one would wait for long
+    except OSError as error:
+        message = checkpoint.no_room(error, Path(workdir) / "checkpoints")
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        if jax.process_count() > 1:
+            os._exit(2)  # the others wait for this one, which would wait for them
+        raise SystemExit(2) from error
     except (kernels.KernelError, config_lib.ConfigError, RunError, checkpoint.CheckpointError, *errors) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

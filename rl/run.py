@@ -113,9 +113,9 @@ class Run:
                 files.settle_config(self.workdir, self._config)
             # Appending files are only cut back in `restore`, once it is known to which step.
             place = lambda name: self.workdir / name if self._main else os.devnull
-            self._metrics = open(place("metrics.jsonl"), "ab")
-            self._timing = open(place("timing.jsonl"), "ab")
-            self._logs = {name: open(place(name), "ab") for name in self._log_names}
+            self._metrics = open(place("metrics.jsonl"), "ab", buffering=0)
+            self._timing = open(place("timing.jsonl"), "ab", buffering=0)
+            self._logs = {name: open(place(name), "ab", buffering=0) for name in self._log_names}
         except BaseException:
             if self._lock is not None:
                 self._lock.close()
@@ -207,8 +207,7 @@ class Run:
 
     def append(self, name: str, content: bytes) -> None:
         """Appends bytes to one of `logs`, as `log` appends rows."""
-        self._logs[name].write(content)
-        self._logs[name].flush()
+        files.append(self._logs[name], content)
 
     def record(self, state: Any, metrics: Mapping[str, Any], work: int | None = None) -> None:
         """Counts one step: appends its metrics, shows progress, saves when due.
@@ -294,8 +293,7 @@ class Run:
             values = {name: _scalar(name, value) for name, value in jax.device_get(metrics).items()}
             now = time.perf_counter()
             row = {"step": step} | ({} if work is None else {self._unit: work}) | values
-            self._metrics.write(files.json_line(row))
-            self._metrics.flush()
+            files.append(self._metrics, files.json_line(row))
             self._values = values
             seconds = self._seconds_before + now - self._started
             timing = {"step": step, "seconds": seconds, "steps_per_second": 1.0 / max(now - self._last, 1e-9)}
@@ -303,8 +301,7 @@ class Run:
                 timing["save_blocked_seconds"] = self._writer.blocked
             if self.fallbacks:
                 timing["checkpoint_fallbacks"] = self.fallbacks
-            self._timing.write(files.json_line(timing))
-            self._timing.flush()
+            files.append(self._timing, files.json_line(timing))
             self._last = now
             if self._events is not None:
                 for name, value in values.items():

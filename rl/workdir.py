@@ -6,9 +6,10 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rl import config as config_lib
+from rl.checkpoint import disk
 
 
 class RunError(RuntimeError):
@@ -19,6 +20,13 @@ def json_line(row: Mapping[str, Any]) -> bytes:
     """One JSON line; JSON has no NaN or infinity, so these become the strings nan, inf and -inf."""
     plain = {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
     return (json.dumps(plain, allow_nan=False) + "\n").encode()
+
+
+def append(file: BinaryIO, content: bytes) -> None:
+    """Writes to an unbuffered file: what a full disk refuses is not tried again when the file is closed."""
+    with disk.naming(file.name):
+        while content:
+            content = content[file.write(content) :]
 
 
 def lock(workdir: Path) -> Any:
@@ -58,7 +66,7 @@ def settle_config(workdir: Path, config: Mapping[str, Any]) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes JSON so that a reader sees all of it or nothing."""
     temporary = path.with_suffix(".writing")
-    with open(temporary, "w") as file:
+    with disk.naming(temporary), open(temporary, "w") as file:
         file.write(json.dumps(content, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())

@@ -6,14 +6,29 @@ checkpoints outlive newer ones. `python -m rl.checkpoint RUN` lists and verifies
 """
 
 from rl.checkpoint.leaves import CheckpointError as CheckpointError
+from rl.checkpoint.leaves import NoRoomError as NoRoomError
 from rl.checkpoint.retention import KEEP as KEEP
 from rl.checkpoint.retention import Keep as Keep
 from rl.checkpoint.store import Restored as Restored
 from rl.checkpoint.store import export as export
+from rl.checkpoint.store import no_room as no_room
 from rl.checkpoint.store import restore as restore
 from rl.checkpoint.store import save as save
 from rl.checkpoint.store import steps as steps
 from rl.checkpoint.store import verify as verify
 from rl.checkpoint.writer import Writer as Writer
 
-__all__ = ["KEEP", "CheckpointError", "Keep", "Restored", "Writer", "export", "restore", "save", "steps", "verify"]
+__all__ = [
+    "KEEP",
+    "CheckpointError",
+    "Keep",
+    "NoRoomError",
+    "Restored",
+    "Writer",
+    "export",
+    "no_room",
+    "restore",
+    "save",
+    "steps",
+    "verify",
+]

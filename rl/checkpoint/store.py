@@ -1,6 +1,6 @@
 """Checkpoints on disk, atomically.
 
-A checkpoint is the folder `<directory>/<step, 10 digits>` with `arrays/` (Orbax, uncompressed) and `meta.json`: the caller's
+A checkpoint is the folder `<directory>/<step, 10 digits>` with `arrays/` (Orbax, Zarr) and `meta.json`: the caller's
 `extra` values and, per leaf of the state, shape, dtype, the name of its array, and a CRC-32 of each of its `blocks`: one
 process writes a leaf as one block. It is written under a temporary name, flushed to disk and renamed, so a folder with a
 step's name was complete once; the checksums, which Orbax has none of, find what was damaged later.
@@ -26,11 +26,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from rl.checkpoint import leaves, retention
-from rl.checkpoint.leaves import CheckpointError, Row, Snapshot
+from rl.checkpoint import backend, disk, leaves, retention
+from rl.checkpoint.leaves import CheckpointError, NoRoomError, Row, Snapshot
 
 _FORMAT = 2
-_TEMPORARY = "writing-"
 _UNUSABLE = "unusable-"
 _Content = tuple[dict[str, Any], dict[str, np.ndarray]]  # meta data, and the values of leaves
 _PATIENCE = 600.0  # seconds that a process waits for what the others write
@@ -59,6 +58,7 @@ def save(
 
     Raises:
       CheckpointError: a leaf that cannot be stored (the message names it).
+      NoRoomError: a disk, a quota or a limit of this process is full.
     """
     retention.check(keep)
     write(directory, step, leaves.view(state), extra, keep)
@@ -72,20 +72,57 @@ def write(
     keep: retention.Keep,
     files: Sequence[BinaryIO] = (),
 ) -> None:
-    """`save` of a snapshot, whose `files` are on disk before the checkpoint appears; reads host memory only."""
+    """`save` of a snapshot, whose `files` are on disk before the checkpoint appears; reads host memory only.
+
+    Raises:
+      NoRoomError: a disk, a quota or a limit of this process is full.
+    """
     directory = Path(directory).absolute()
-    temporary, final = directory / f"{_TEMPORARY}{step:010d}", directory / f"{step:010d}"
+    directory.mkdir(parents=True, exist_ok=True)
+    room = shutil.disk_usage(directory).free
+    try:
+        _write(directory, step, snapshot, extra, keep, files)
+    except Exception as error:
+        takes = sum(value.nbytes for value in snapshot.values.values())
+        message = no_room(error, directory, f"; step {step} takes {takes:,} bytes and {room:,} were free")
+        if message is None:
+            raise
+        raise NoRoomError(message) from error
+
+
+def no_room(error: Exception, directory: str | Path, sizes: str = "") -> str | None:
+    """What to tell about a write that failed because something is full, and how to go on; None if that is not why."""
+    if isinstance(error, NoRoomError):
+        return str(error)
+    full, saved = disk.full(error), steps(directory)
+    if full is None:
+        return None
+    intact = f"the checkpoint of step {saved[-1]} is intact" if saved else "there is no checkpoint yet"
+    again = "resumes from it" if saved else "begins again"
+    reason = " ".join(str(error).split()).partition(" [")[0]  # without what TensorStore adds
+    return f"{reason}: {full}{sizes}; {intact}: make room, and the same command {again}"
+
+
+def _write(
+    directory: Path,
+    step: int,
+    snapshot: Snapshot,
+    extra: Mapping[str, Any],
+    keep: retention.Keep,
+    files: Sequence[BinaryIO],
+) -> None:
+    temporary, final = directory / f"{disk.TEMPORARY}{step:010d}", directory / f"{step:010d}"
     if jax.process_index() == 0:
-        _remove(temporary)
-        temporary.mkdir(parents=True)
+        disk.remove(temporary)
+        temporary.mkdir()
     arrays, rows = _described(snapshot)
     if arrays:
-        _orbax(range(jax.process_count())).save(temporary / "arrays", arrays)
-        _flush(temporary / "arrays")
+        backend.checkpointer(range(jax.process_count())).save(temporary / "arrays", arrays)
+        disk.flush_all(temporary / "arrays")
     for file in files:
         os.fsync(file.fileno())
     if jax.process_index():
-        _write_json(
+        disk.write_json(
             temporary / f"blocks.{jax.process_index()}.json", {name: row["blocks"] for name, row in rows.items()}
         )
         return _wait(lambda: not temporary.exists(), f"process 0 to commit {final}")
@@ -93,10 +130,10 @@ def write(
         _gather(temporary / f"blocks.{other}.json", rows)
     meta = {"format": _FORMAT, "step": step, "saved": time.time(), "extra": dict(extra)}
     meta |= {"versions": {"jax": jax.__version__}, "leaves": rows}
-    _write_json(temporary / "meta.json", meta | {"crc32": _meta_checksum(meta)})
+    disk.write_json(temporary / "meta.json", meta | {"crc32": _meta_checksum(meta)})
     _commit(temporary, final)
     for old in retention.doomed(list(_entries(directory)), keep):
-        _remove(directory / f"{old:010d}")
+        disk.remove(directory / f"{old:010d}")
 
 
 def restore(
@@ -175,7 +212,7 @@ def export(directory: str | Path, step: int, path: str | Path, only: str = "") -
     note = {"step": str(step), "part": only, "format": "pt"}
     temporary = Path(f"{path}.writing")
     safetensors.numpy.save_file(tensors, temporary, metadata=note)
-    _flush_path(temporary)
+    disk.flush(temporary)
     os.replace(temporary, path)
 
 
@@ -213,30 +250,15 @@ def _gather(path: Path, rows: Mapping[str, Row]) -> None:
     path.unlink()
 
 
-def _orbax(processes: Sequence[int]) -> ocp.Checkpointer:
-    """One that meets the given processes, naming them, which makes it use the coordinator instead of collectives."""
-    meeting = ocp.options.MultiprocessingOptions(primary_host=processes[0], active_processes=set(processes))
-    # Nothing changes a snapshot, so Orbax need not copy it again, nor cut replicas up, which it would compute on devices.
-    registry = ocp.type_handlers.create_type_handler_registry(
-        (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
-        (jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False)),
-    )
-    # Weights are noise to a compressor: 8 % smaller, for three times the processor time that training would need.
-    handler = ocp.PyTreeCheckpointHandler(
-        use_compression=False, multiprocessing_options=meeting, type_handler_registry=registry
-    )
-    return ocp.Checkpointer(handler, multiprocessing_options=meeting)
-
-
 def _commit(temporary: Path, final: Path) -> None:
-    _flush_path(temporary)
-    old = final.with_name(f"{_TEMPORARY}replaced-{final.name}")
+    disk.flush(temporary)
+    old = final.with_name(f"{disk.TEMPORARY}replaced-{final.name}")
     if final.exists():
-        _remove(old)
+        disk.remove(old)
         os.rename(final, old)
     os.rename(temporary, final)
-    _flush_path(final.parent)
-    _remove(old)
+    disk.flush(final.parent)
+    disk.remove(old)
 
 
 def _checksum(block: np.ndarray) -> int:
@@ -260,7 +282,7 @@ def _newest_usable(directory: Path, only: str) -> tuple[_Content | None, tuple[s
     """What it holds, and why others were set aside. Process 0 looks for it, and all others read the same one."""
     found, skipped = None, []
     if jax.process_index() == 0:
-        for leftover in directory.glob(f"{_TEMPORARY}*"):
+        for leftover in directory.glob(f"{disk.TEMPORARY}*"):
             shutil.rmtree(leftover)
         for candidate in reversed(steps(directory)):
             try:
@@ -281,7 +303,7 @@ class _Damaged(CheckpointError):
 
 def _set_aside(folder: Path, error: Exception) -> str:
     aside = folder.with_name(f"{_UNUSABLE}{folder.name}")
-    _remove(aside)
+    disk.remove(aside)
     os.rename(folder, aside)
     return f"{error}; kept as {aside}"
 
@@ -322,7 +344,7 @@ def _read_values(folder: Path, rows: Mapping[str, Row]) -> dict[str, np.ndarray]
     keys = [row["array"] for row in rows.values() if row["blocks"]]
     how = dict.fromkeys(keys, ocp.RestoreArgs(restore_type=np.ndarray))
     arguments = ocp.args.PyTreeRestore(item=dict.fromkeys(keys, 0), restore_args=how, partial_restore=True)
-    stored = _orbax([jax.process_index()]).restore(folder / "arrays", args=arguments) if keys else {}
+    stored = backend.checkpointer([jax.process_index()]).restore(folder / "arrays", args=arguments) if keys else {}
     values = {}
     for name, row in rows.items():
         dtype, shape = jnp.dtype(row["dtype"]), tuple(row["shape"])
@@ -351,39 +373,3 @@ def _entries(directory: Path) -> Iterator[retention.Entry]:
 def _dotted(name: str) -> str:
     """`['layer']['kernel'].value[0]` as `layer.kernel.value.0`."""
     return name.replace("']['", ".").replace("']", "").replace("['", ".").replace("[", ".").replace("]", "").strip(".")
-
-
-# -- files -------------------------------------------------------------------------------------------------------------
-
-
-def _write_json(path: Path, content: Any) -> None:
-    """Complete as soon as it has its name: another process may be waiting for it."""
-    temporary = path.with_suffix(".writing")
-    temporary.write_text(json.dumps(content))
-    _flush_path(temporary)
-    os.rename(temporary, path)
-
-
-def _remove(path: Path) -> None:
-    """Deletes a folder; renamed first, so a crash midway leaves nothing that looks like a checkpoint."""
-    if path.exists():
-        doomed = path.with_name(f"{_TEMPORARY}removed-{path.name}")
-        if doomed.exists():
-            shutil.rmtree(doomed)
-        os.rename(path, doomed)
-        shutil.rmtree(doomed)
-
-
-def _flush(folder: Path) -> None:
-    for root, _, names in os.walk(folder):
-        for name in names:
-            _flush_path(Path(root, name))
-        _flush_path(Path(root))
-
-
-def _flush_path(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

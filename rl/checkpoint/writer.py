@@ -7,11 +7,13 @@
 
 After DataStates-LLM (Maurya et al., HPDC 2024, arXiv 2406.10707), whose idea is that a state does not change between two
 updates: its copy to the host need not stop anybody. In JAX arrays never change, and end when a step donates them, so
-`submit` enqueues copies into pinned host memory and returns. The thread waits for them, checksums, writes, flushes to disk
-and renames last; it reads host memory only and never launches a computation.
+`submit` enqueues copies into pinned host memory and returns; on a CPU it copies, into the memory of earlier snapshots. The
+thread waits for them, checksums, writes, flushes to disk and renames last; it reads host memory only and never launches a
+computation.
 """
 
 import collections
+import concurrent.futures
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +27,7 @@ from rl.checkpoint import leaves, retention, store
 class Writer:
     """Writes the checkpoints of one folder, one after another; a context manager that ends when all are on disk.
 
-    Host memory: `in_flight` copies of the local part of the state, and what Orbax buffers of the one being written.
+    Host memory: `in_flight` copies of the local part of the state; on a CPU they are kept for the next snapshots.
 
     Attributes:
       blocked: seconds that `submit` and `wait` have waited for the thread.
@@ -46,7 +48,8 @@ class Writer:
         retention.check(keep)
         self.blocked = 0.0
         self._directory, self._keep, self._in_flight = Path(directory), keep, in_flight
-        self._pending: collections.deque[Future[None]] = collections.deque()
+        self._pending: collections.deque[tuple[Future[None], leaves.Snapshot]] = collections.deque()
+        self._spare: list[leaves.Snapshot] = []  # written ones; the next are copied into their memory
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     def submit(self, step: int, state: Any, extra: Mapping[str, Any], files: Sequence[BinaryIO] = ()) -> None:
@@ -65,10 +68,10 @@ class Writer:
         self._collect(self._in_flight - 1)  # before the copy, which bounds the memory
         for file in files:
             file.flush()
-        snapshot, extra = leaves.copy(leaves.view(state)), dict(extra)
-        self._pending.append(
-            self._thread.submit(store.write, self._directory, step, snapshot, extra, self._keep, files)
-        )
+        view, extra = leaves.view(state), dict(extra)
+        snapshot = leaves.copy(view, self._spare.pop() if self._spare else None)
+        written = self._thread.submit(store.write, self._directory, step, snapshot, extra, self._keep, files)
+        self._pending.append((written, snapshot))
 
     def wait(self) -> None:
         """Returns when every snapshot is a checkpoint on disk; raises as `submit` does."""
@@ -84,8 +87,11 @@ class Writer:
     def _collect(self, leave: int) -> None:
         start = time.perf_counter()
         try:
-            while len(self._pending) > leave or (self._pending and self._pending[0].done()):
-                self._pending.popleft().result()
+            while len(self._pending) > leave or (self._pending and self._pending[0][0].done()):
+                written, snapshot = self._pending.popleft()
+                concurrent.futures.wait([written])
+                self._spare.append(snapshot)
+                written.result()
         finally:
             self.blocked += time.perf_counter() - start
 

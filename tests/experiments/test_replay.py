@@ -121,7 +121,7 @@ def test_what_cannot_be_rebuilt_is_one_error(run, tmp_path, capsys):
     (run / generations.NAME).unlink()
     assert "cannot be read" in refused(run)
     (run / generations.NAME).write_bytes(whole)
-    damaged = next((run / "checkpoints" / "0000000004" / "arrays").rglob("manifest.ocdbt"))
+    damaged = next((run / "checkpoints" / "0000000004" / "arrays").rglob(".zarray"))
     damaged.write_bytes(damaged.read_bytes()[:-8])
     assert "checkpoint 0000000004 is unusable" in refused(run, "--step=4") and damaged.is_file()
 

@@ -1,9 +1,12 @@
 """The harness: exact resume after kill -9 and SIGTERM, files, lock, errors, progress."""
 
+import errno
 import io
 import json
 import os
 import random
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -18,8 +21,9 @@ import pytest
 
 from rl import checkpoint, progress
 from rl import config as config_lib
-from rl.checkpoint import store
-from rl.run import Run, RunError
+from rl import workdir as files
+from rl.checkpoint import disk, store
+from rl.run import Run, RunError, launch
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "tests/rl/toy_config.py:slow"
@@ -397,7 +401,63 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next(tmp_path, 
             monkeypatch.setattr(run, "say", said.append)
             monkeypatch.setattr(run._progress, "say", said.append)
             raise KeyError
-    assert said == ["warning: the last checkpoint was not written (OSError: [Errno 28] No space left on device)"]
+    (line,) = said
+    told = r"No space left on device: the disk, or a quota, is full; step 1 takes 4 bytes and [\d,]+ were free; there is no"
+    assert re.match(
+        rf"warning: the last checkpoint was not written \(NoRoomError: \[Errno 28\] {told} checkpoint yet", line
+    )
+
+
+def toy_in_this_process(workdir):
+    from tests.rl import toy
+
+    launch(
+        toy.train, ["toy", f"--config={ROOT / 'tests/rl/toy_config.py'}", f"--workdir={workdir}", "--config.steps=9"]
+    )
+
+
+def full(path):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "metrics"])
+def test_a_full_disk_is_one_line_and_the_run_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch, capfd, what):
+    toy_in_this_process(tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        if what == "checkpoint":  # that of step 8
+            write, place = disk.write_array, "writing-0000000008"
+            patch.setattr(disk, "write_array", lambda path, x: full(path) if place in str(path) else write(path, x))
+        else:
+            line = files.json_line
+            monkeypatch.setattr(
+                files, "json_line", lambda row: full("metrics.jsonl") if row["step"] == 7 else line(row)
+            )
+        capfd.readouterr()
+        toy_in_this_process(tmp_path / "run")
+    monkeypatch.undo()
+    (told,) = [line for line in capfd.readouterr().err.splitlines() if "rror" in line]
+    assert ended.value.code == 2 and told.startswith("error: [Errno 28] No space left on device: '")
+    assert told.endswith("the checkpoint of step 4 is intact: make room, and the same command resumes from it")
+    assert ("step 8 takes" in told) == (what == "checkpoint") and ("metrics.jsonl'" in told) == (what == "metrics")
+    toy_in_this_process(tmp_path / "run")
+    assert "resumed" in capfd.readouterr().err
+    assert final_state(tmp_path / "run") == final_state(tmp_path / "whole")
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_file_that_may_not_grow_ends_a_process_with_status_2(uninterrupted, tmp_path):
+    process = start(tmp_path / "run")
+    wait_for_progress(process, tmp_path / "run" / "metrics.jsonl", 9)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (600, 600))
+    _, errors = process.communicate(timeout=120)
+    told = errors.splitlines()[-1]
+    assert (
+        process.returncode == 2 and "Traceback" not in errors and told.startswith("error: [Errno 27] File too large: '")
+    )
+    assert f"{tmp_path}/run/" in told and "a file may have at most 600 bytes (ulimit -f)" in told
+    finish(start(tmp_path / "run"))
+    assert final_state(tmp_path / "run") == final_state(uninterrupted)
 
 
 def test_the_best_by_a_metric_outlives_newer_ones(tmp_path):

@@ -113,8 +113,11 @@ def empty_every_file(folder):
             os.truncate(path, 0)
 
 
-def flip_one_bit(folder, within="arrays"):
-    path = largest_file(folder / within)  # the values themselves: Orbax would not notice
+def flip_one_bit(folder):
+    flip(largest_file(folder / "arrays"))  # the values themselves: Orbax would not notice
+
+
+def flip(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)

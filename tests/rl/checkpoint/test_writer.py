@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from rl import checkpoint
-from rl.checkpoint import leaves, store
+from rl.checkpoint import disk, leaves, store
 
 MESH = jax.make_mesh((8,), ("d",))
 SHARDED = jax.sharding.NamedSharding(MESH, jax.sharding.PartitionSpec("d"))
@@ -42,8 +42,10 @@ def held(monkeypatch):
     return gate
 
 
+@pytest.mark.parametrize("enqueued", [False, True])
 @pytest.mark.parametrize("kind", ["default", "sharded", "pinned"])
-def test_a_snapshot_survives_the_donation_of_the_state(tmp_path, overwrite, held, kind):
+def test_a_snapshot_survives_the_donation_of_the_state(tmp_path, overwrite, held, kind, enqueued, monkeypatch):
+    monkeypatch.setattr(leaves, "_enqueues", lambda array: enqueued)  # True as on an accelerator
     state = _fresh()
     if kind == "sharded":
         state["w"] = jax.device_put(state["w"], SHARDED)
@@ -111,12 +113,12 @@ def test_snapshots_become_checkpoints_in_order_and_block_beyond_the_bound(tmp_pa
     alive, most, write, lock = 0, 0, store.write, threading.Lock()
     copy, gate = leaves.copy, threading.Event()
 
-    def counted_copy(snapshot):
+    def counted_copy(*arguments):
         nonlocal alive, most
         with lock:
             alive += 1
             most = max(most, alive)
-        return copy(snapshot)
+        return copy(*arguments)
 
     def counted_write(*arguments):
         nonlocal alive
@@ -142,8 +144,8 @@ def test_snapshots_become_checkpoints_in_order_and_block_beyond_the_bound(tmp_pa
 STAGES = {
     "arrays": (store, "_described"),
     "checksum": (store, "_checksum"),
-    "meta": (store, "_write_json"),
-    "flush": (store, "_flush_path"),
+    "meta": (disk, "write_json"),
+    "flush": (disk, "flush"),
     "commit": (store, "_commit"),
     "rename": (os, "rename"),
 }

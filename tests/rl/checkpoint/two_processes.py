@@ -3,6 +3,7 @@
 Arguments: process, port, folder.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from rl import checkpoint
-from tests.rl.checkpoint.test_store import flip_one_bit
+from rl.checkpoint import retention
+from tests.rl.checkpoint.test_store import flip
 
 ROWS = np.arange(8000, dtype=np.float32).reshape(8, 1000)
 
@@ -38,10 +40,12 @@ def check(found: checkpoint.Restored) -> None:
 
 
 def main() -> None:
-    """Saves twice through the writer, restores, damages what process 1 wrote last, and restores again."""
+    """Saves through the writer, restores, damages what process 1 wrote last, and restores again."""
     process, port, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"localhost:{port}", 2, process)
+    if process:  # of two that delete a checkpoint, one may find it gone
+        retention.doomed = lambda *_: sys.exit("only process 0 deletes old checkpoints")
     with checkpoint.Writer(folder) as writer:
         for step in (1, 2):
             writer.submit(step, state(step), {"by": process})
@@ -49,7 +53,9 @@ def main() -> None:
     check(checkpoint.restore(folder, state(0.0)))
     multihost_utils.sync_global_devices("restored")
     if process == 0:
-        flip_one_bit(folder / f"{2:010d}", "arrays/ocdbt.process_1")
+        place = folder / f"{2:010d}"
+        rows = json.loads((place / "meta.json").read_text())["leaves"]["['rows']"]
+        flip(place / "arrays" / rows["array"] / "3.0")  # process 1 holds the last block of four
     check(checkpoint.restore(folder, state(0.0)))
 
 
