@@ -23,7 +23,8 @@ from rl import checkpoint, progress
 from rl import config as config_lib
 from rl import workdir as files
 from rl.checkpoint import disk, store
-from rl.run import Run, RunError, launch
+from rl.launch import launch
+from rl.run import Run, RunError
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "tests/rl/toy_config.py:slow"
