@@ -22,16 +22,21 @@ from configs.base import mesh, optimizer, pick
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """The recipe: pairs (default), crossed, momentum, faithful, or backprop with sgd or adamw."""
+    """The recipe: pairs (default), as few or many as 64, 512 or 16,384 members, long, crossed, momentum, faithful, or backprop
+    with sgd or adamw."""
     return pick(
         variant,
         {
-            "pairs": lambda: _integer(),
+            "pairs": _integer,
+            "pairs_64": lambda: _integer(members=64),
+            "pairs_512": lambda: _integer(members=512),
+            "pairs_16384": lambda: _integer(members=16384),
+            "long": lambda: _lasting(2000, _integer()),
             "crossed": lambda: _integer(population="crossed"),
             "momentum": lambda: _integer(momentum=3),
             "faithful": lambda: _integer(faithful=True),
-            "sgd": lambda: _backprop("sgd", 0.3),
-            "adamw": lambda: _backprop("adamw", 3e-3),
+            "sgd": lambda: _lasting(5000, _backprop("sgd", 10.0)),
+            "adamw": lambda: _lasting(5000, _backprop("adamw", 3e-2)),
         },
     )
 
@@ -58,6 +63,11 @@ def _integer(**changes: object) -> ml_collections.ConfigDict:
 def _backprop(name: str, learning_rate: float) -> ml_collections.ConfigDict:
     config = _common("backprop")
     config.optimizer = optimizer(name=name, learning_rate=learning_rate)
+    return config
+
+
+def _lasting(steps: int, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    config.steps, config.eval_every, config.save_every = steps, 100, 500
     return config
 
 

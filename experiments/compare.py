@@ -14,6 +14,7 @@ seconds. Without arguments: EGGROLL, OpenES and PPO on CartPole and Pendulum, ab
     --panels step:eval_reward step:ess  X:Y of the panels in a row; Y is in OUT.json, too
     --reach=0.9                         OUT.json has the step, work, completions and seconds at which each run came so far
     --budget seconds:120 tokens:1e6     OUT.json has what each run scored last before it had spent more than that
+    CONFIG:variant@1                    one seed of this one, however many of the others
 """
 
 import argparse
@@ -71,7 +72,9 @@ def run(workdir: Path, config: str, seed: int) -> plot.RunData:
 
 
 def run_all(workdir: Path, configs: Sequence[str], seeds: int, jobs: int = 1) -> list[Finished]:
-    """Runs every config with every seed, so many jobs at a time; see `run`. The first that fails keeps others from starting."""
+    """Runs every config with every seed, or as many as an `@` after it says, so many jobs at a time; see `run`. The first that
+    fails keeps others from starting.
+    """
     shares: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
     for job in range(jobs):
         shares.put(_CORES[job::jobs])
@@ -81,9 +84,10 @@ def run_all(workdir: Path, configs: Sequence[str], seeds: int, jobs: int = 1) ->
             os.sched_setaffinity(0, shares.get())
 
     with ThreadPoolExecutor(jobs, initializer=pin) as pool:
-        each = [[pool.submit(run, workdir, config, seed) for seed in range(seeds)] for config in configs]
+        wanted = [(config, int(own or seeds)) for config, _, own in (c.partition("@") for c in configs)]
+        each = [(config, [pool.submit(run, workdir, config, seed) for seed in range(n)]) for config, n in wanted]
         try:
-            return [Finished(c, [one.result() for one in runs]) for c, runs in zip(configs, each, strict=True)]
+            return [Finished(config, [one.result() for one in runs]) for config, runs in each]
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -99,6 +103,10 @@ def name(settings: dict[str, Any]) -> str:
     """What a resolved, flat config is called: its method, and what tells variants of it apart."""
     method = settings["method"]
     title = _NAMES.get(method, method.replace("_", " "))
+    if method == "integer":
+        title = f"integers, {settings['es.population']}, {settings['es.members']} members, {settings['steps']} steps"
+        extras = ("faithful",) if settings["es.faithful"] else ("momentum",) if settings["es.momentum"] else ()
+        return ", ".join((title, *extras))
     if method == "eggroll":
         title += f", {settings['es.population']}, rank {settings['es.rank']}"
     if settings.get("optimizer.name", "adam") != "adam":
@@ -174,7 +182,13 @@ def panels(group: Sequence[Finished], axes: Sequence[tuple[str, str]] = (), key:
     if key:
         title += f", {key.rpartition('.')[2]} {first.config[key]}"
     return [
-        ([plot.make_curve(f.runs, name(f.runs[0].config), x, y) for f in group], x, y, title)
+        plot.Panel(
+            [plot.make_curve(f.runs, name(f.runs[0].config), x, y) for f in group],
+            x,
+            y,
+            title,
+            first.reference if y == metric else {},
+        )
         for x, y in axes or ((unit, metric), ("seconds", metric))
     ]
 
@@ -199,7 +213,7 @@ def grouped(finished: Sequence[Finished], key: str = "") -> list[list[Finished]]
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m experiments.compare", description=__doc__.split("\n")[0])
-    parser.add_argument("configs", nargs="*", metavar="CONFIG[:variant]", default=DEFAULT)
+    parser.add_argument("configs", nargs="*", metavar="CONFIG[:variant][@seeds]", default=DEFAULT)
     parser.add_argument("--workdir", required=True, type=Path, help="folder of the runs")
     parser.add_argument("--out", default=Path("experiments/results/compare"), type=Path, help="without suffix")
     parser.add_argument("--seeds", default=3, type=int, help="how many")
@@ -216,6 +230,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not 1 <= options.jobs <= len(_CORES):
         parser.error(f"--jobs must be from 1 to the number of CPU cores, {len(_CORES)}; got {options.jobs}")
     configs = list(dict.fromkeys(options.configs))
+    wrong = [c for c in configs if "@" in c and not c.partition("@")[2].strip("0").isdigit()]
+    if wrong:
+        parser.error(f"after an @ comes how many seeds, at least 1; got {', '.join(wrong)}")
     try:
         finished = run_all(options.workdir, configs, options.seeds, options.jobs)
         grid = [panels(group, options.panels, options.rows) for group in grouped(finished, options.rows)]

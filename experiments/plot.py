@@ -9,7 +9,7 @@ finished writing is left out.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ class RunData(NamedTuple):
     path: Path
     config: dict[str, Any]  # flat: dotted key to value
     columns: dict[str, dict[int, float]]  # name to {step: value}; metrics, timing, and at the last step the result
+    reference: dict[str, float] = {}  # what others score, by name: lines in the figure of the preferred metric
 
 
 class Curve(NamedTuple):
@@ -66,10 +67,11 @@ def read_run(path: str | Path) -> RunData:
         for step, row in rows.items():
             for key, value in row.items():
                 columns.setdefault(key, {})[step] = value
-    for key, value in _read_result(path / "result.json").items():
+    result = _read_result(path / "result.json")
+    for key, value in result.items():
         if key not in columns and isinstance(value, int | float):
             columns[key] = {max(metrics): value}
-    return RunData(path, config, columns)
+    return RunData(path, config, columns, result.get("reference_bits", {}))
 
 
 def _read_result(path: Path) -> dict[str, Any]:
@@ -124,7 +126,14 @@ def make_curve(group: Sequence[RunData], label: str, x: str, y: str) -> Curve:
     return Curve(label, x_rp.mean(0), y_rp.mean(0), y_rp.min(0), y_rp.max(0), len(group))
 
 
-Panel = tuple[Sequence[Curve], str, str, str]  # curves, x, y, title
+class Panel(NamedTuple):
+    """One pair of axes."""
+
+    curves: Sequence[Curve]
+    x: str
+    y: str
+    title: str = ""
+    levels: Mapping[str, float] = {}  # horizontal lines, by name
 
 
 def default_metric(runs: Sequence[RunData]) -> str:
@@ -139,9 +148,9 @@ def default_metric(runs: Sequence[RunData]) -> str:
     return rest[0]
 
 
-def draw(curves: Sequence[Curve], x: str, y: str, out: str | Path) -> None:
+def draw(panel: Panel, out: str | Path) -> None:
     """Writes a PNG with every curve and its band."""
-    draw_grid([[(curves, x, y, "")]], out, (7, 4.5))
+    draw_grid([[panel]], out, (7, 4.5))
 
 
 def draw_grid(panels: Sequence[Sequence[Panel]], out: str | Path, size) -> None:
@@ -159,7 +168,7 @@ def draw_grid(panels: Sequence[Sequence[Panel]], out: str | Path, size) -> None:
 
     figure, grid = pyplot.subplots(len(panels), len(panels[0]), figsize=size, layout="constrained", squeeze=False)
     for row, row_axes in zip(panels, grid, strict=True):
-        for (curves, x, y, title), axes in zip(row, row_axes, strict=True):
+        for (curves, x, y, title, levels), axes in zip(row, row_axes, strict=True):
             for curve in curves:
                 label = f"{curve.label} ({curve.runs} seeds)" if curve.runs > 1 else curve.label
                 marker = "o" if len(curve.x) == 1 else None  # a line needs two points to be seen
@@ -168,6 +177,11 @@ def draw_grid(panels: Sequence[Sequence[Panel]], out: str | Path, size) -> None:
                     axes.vlines(curve.x, curve.low, curve.high, color=line.get_color(), alpha=0.5)
                 elif curve.runs > 1:
                     axes.fill_between(curve.x, curve.low, curve.high, color=line.get_color(), alpha=0.2, linewidth=0)
+            for name, level in levels.items():
+                axes.axhline(level, color="gray", linestyle="--", linewidth=1)
+                axes.annotate(
+                    name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize="small"
+                )
             axes.set(xlabel={"seconds": "wall-clock seconds"}.get(x, x.replace("_", " ")), ylabel=y.replace("_", " "))
             axes.set_title(title)
             axes.grid(alpha=0.3)
@@ -197,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         groups = group_runs(runs)
         curves = [make_curve(g, label, arguments.x, y) for g, label in zip(groups, labels(groups), strict=True)]
         out = Path(arguments.out or runs[0].path / "plot.png")
-        draw(curves, arguments.x, y, out)
+        draw(Panel(curves, arguments.x, y, levels=runs[0].reference if y == "test_bits" else {}), out)
     except PlotError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -15,7 +15,7 @@ def matmul(x: Array, w: Array, right: Array, left: Array, sign: Array, *, shift:
 
 def coefficient(x: Array, right: Array, sign: Array) -> Array:
     """Of each row, sign (x . B): i32 [*members, M]."""
-    return sign[..., None] * jnp.sum(x.astype(jnp.int32) * right[..., None, :], -1)
+    return sign[..., None] * jnp.einsum("...mi,...i->...m", x, right, preferred_element_type=jnp.int32)
 
 
 def finish(acc: Array, s: Array, a: Array, shift: int, divisor: int) -> Array:
