@@ -35,7 +35,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             "crossed": lambda: _integer(population="crossed"),
             "momentum": lambda: _integer(momentum=3),
             "faithful": lambda: _integer(faithful=True),
-            "sgd": lambda: _lasting(5000, _backprop("sgd", 10.0)),
+            "sgd": lambda: _lasting(5000, _backprop("sgd", 30.0)),
             "adamw": lambda: _lasting(5000, _backprop("adamw", 3e-2)),
         },
     )

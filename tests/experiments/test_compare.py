@@ -92,7 +92,7 @@ def test_rows_by_a_key_panels_by_columns_and_where_a_score_was_reached(tmp_path,
     assert compare.main([*configs, *common, *flags]) == 0
     ((first, second), size) = drawn[0]
     assert size == (12, 8)
-    assert [(x, y, title) for _, x, y, title in second] == [
+    assert [(x, y, title) for _, x, y, title, _ in second] == [
         ("step", "eval_reward", "cipher, staleness 4"), ("completions", "ess", "cipher, staleness 4"),
     ]  # fmt: skip
     assert [curve.label for curve in first[0][0]] == [
