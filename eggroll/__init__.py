@@ -8,7 +8,7 @@ def generation(state, batch):
     return es.update(state, es.evaluate(state, score, batch))  # score(params, row) -> scalar, higher is better
 """
 
-from eggroll import fitness, scale
+from eggroll import fitness, integer, scale
 from eggroll.estimate import Estimate
 from eggroll.members import Drawn, rows
 from eggroll.perturb import LowRank, PerturbationError, infer_rules
@@ -32,6 +32,7 @@ __all__ = [
     "fitness",
     "independent",
     "infer_rules",
+    "integer",
     "perturbed_call",
     "predicted_cosine",
     "rows",

@@ -198,8 +198,7 @@ def integer_strategy(config: ml_collections.ConfigDict) -> integer.Strategy:
             momentum=c.momentum,
             faithful=c.faithful,
             chunk=c.chunk or None,
-            mesh=devices,
-            axes=None if devices is None else meshes.SPREAD,
+            mesh=devices,  # all of its axes: nothing else is there to divide
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error

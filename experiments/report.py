@@ -11,6 +11,7 @@ from rl.objectives.presets import PRESETS
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
 BUDGETS = ("seconds:66", "tokens:870000")  # of the comparison on countdown
+EARLY = "tokens:480000"  # of the comparison of integers
 FILES = ("compare", "recipes", "language", "countdown", "frugal", "bandit")  # of the methods
 _FILES = {
     "eggroll": "eggroll/strategy.py",
@@ -24,6 +25,14 @@ _HEADERS = {
     "staleness": ("method", "k = 0", "k = 4", "k = 16", "k = 64"),
     "selection": ("prompts", "at the end", "steps to 10 %", "completions", "seconds"),
     "pretrain": ("optimizer", "file", "config", "bytes of state", "held-out bits per byte", "training time"),
+    "integers": (
+        "model",
+        "config",
+        "held-out bits per byte after 480,000 tokens",
+        "at the end",
+        "tokens",
+        "training time",
+    ),
     "bench": ("case", "setting", "measure", "value"),
 }
 
@@ -99,6 +108,19 @@ def pretrain() -> list[str]:
     return lines
 
 
+def integers() -> list[str]:
+    """Held-out bits per byte of the integer model and of its twin by backprop."""
+    lines = []
+    for config, rows in _by_config("integers").items():
+        cells = [[row["within"][EARLY] for row in rows], [row["score"] for row in rows]]
+        seconds = statistics.median(row["seconds"] for row in rows)
+        lines.append(
+            f"| {rows[0]['name']} | `{config.partition('@')[0]}` | {' | '.join(map(_median_of, cells))} | "
+            f"{rows[0]['tokens']:,} | {seconds:.0f} s |"
+        )
+    return lines
+
+
 def _by_config(file: str) -> dict[str, list[dict]]:
     """The rows of a comparison, seed by seed."""
     groups: dict[str, list[dict]] = {}
@@ -124,7 +146,7 @@ def bench() -> list[str]:
 
 def tables() -> dict[str, list[str]]:
     """Name -> rows of every table of the README."""
-    made = (methods, countdown, staleness, selection, pretrain, bench)
+    made = (methods, countdown, staleness, selection, pretrain, integers, bench)
     return {make.__name__: make() for make in made}
 
 

@@ -53,6 +53,12 @@ compared are compiled, warmed up, and then timed in turn, round after round; a v
   each micro-batch, over groups of different sizes; all three with the same cuts into micro-batches. With the seconds of one
   core that planning a batch takes, which are measured. Links of more than two nodes are extrapolated (`packing.py` says how).
 
+`integer`:
+
+* egg, a generation of the integer language model (pairs, 16 streams): `float32_over_int8`, seconds of the same model and
+  members in f32 with `eggroll.strategy`, with tokens per second of all members; `pairs_over_crossed`; `update_share`: of the
+  generation; `bytes_per_member_over_float32`: temporary memory that evaluating is compiled to use, and what members carry.
+
 `checkpoint`:
 
 * checkpoint, `saving_over_plain`: seconds of a step when its state, which the next one donates, is saved after every one, over
@@ -68,7 +74,7 @@ compared are compiled, warmed up, and then timed in turn, round after round; a v
   update with sums rebuilt everywhere or reduced; and of a step of GRPO, the gradient. Without 8 devices, on simulated ones.
 """
 
-from experiments.bench import checkpoint, evolution, gradient, kernels, language, optimizers, packing, scaling
+from experiments.bench import checkpoint, evolution, gradient, integer, kernels, language, optimizers, packing, scaling
 
 CASES = evolution.CASES | language.CASES | gradient.CASES | optimizers.CASES | kernels.CASES
-CASES |= packing.CASES | checkpoint.CASES | scaling.CASES
+CASES |= packing.CASES | checkpoint.CASES | scaling.CASES | integer.CASES

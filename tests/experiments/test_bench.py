@@ -9,7 +9,7 @@ import pytest
 
 import eggroll
 from experiments import bench
-from experiments.bench import evolution, harness, language
+from experiments.bench import evolution, harness, integer, language
 from rl.models.presets import make, preset
 from rl.rollout.score import score as blocked_score
 
@@ -87,3 +87,28 @@ def test_score_compares_equal_results_and_says_what_memory_they_take(monkeypatch
     )
     ours, naive = blocked_score(model, *operands), jax.jit(language.naive_score, static_argnums=0)(model, *operands)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, naive)
+
+
+@pytest.mark.slow
+def test_a_generation_of_the_integer_model_is_timed_in_int8_and_f32(monkeypatch):
+    monkeypatch.setattr(integer, "populations", lambda: [(integer.Size(1, 16, 3), 32)])
+    rows = list(integer.case(1))
+    assert [row["measure"] for row in rows] == [
+        "float32_over_int8", "pairs_over_crossed", "update_share", "bytes_per_member_over_float32",
+    ]  # fmt: skip
+    seconds = rows[0]["seconds"]
+    whole = {side: seconds[f"{side}_evaluate"] + seconds[f"{side}_update"] for side in ("int8", "crossed", "float32")}
+    assert rows[0]["value"] == pytest.approx(whole["float32"] / whole["int8"], abs=0.02)
+    assert rows[0]["tokens_per_second"]["int8"] == pytest.approx(32 * 3 / whole["int8"], rel=0.02)
+    assert rows[1]["value"] == pytest.approx(whole["int8"] / whole["crossed"], abs=0.02)
+    assert 0 < rows[2]["value"] < 1
+    memory = rows[3]["bytes_per_member"]
+    assert memory["int8"] >= 16 and memory["float32"] >= 64  # what is carried, at least
+
+
+def test_the_f32_twin_of_the_bench_is_the_integer_model():
+    """Mean scores of members, in 1/16 bits, of the same parameters and text."""
+    size, population = integer.Size(2, 64, 12), eggroll.antithetic(32)
+    ours, theirs = integer.int8(size, population), integer.float32(size, population)
+    scores = [np.asarray(side.evaluate()[0], float).mean() for side in (ours, theirs)]
+    assert scores[0] == pytest.approx(scores[1], rel=0.03)

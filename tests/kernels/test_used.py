@@ -13,6 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 import eggroll
 import kernels
 from kernels import dispatch, lowrank_matmul
+from rl.models import egg
 from rl.models.presets import make, preset
 from rl.rollout.score import score
 from tests.kernels.harness import lowered
@@ -81,6 +82,22 @@ def test_the_estimate_makes_its_factors(switched):
     module = switched("pallas_tpu", lowered, "pallas_tpu", estimate, state, scores, how="lower")
     assert module.count("stablehlo.custom_call @tpu_custom_call") == 3  # a matrix, and each of a stack
     assert "threefry" not in module  # what is drawn at all is drawn inside the kernels
+
+
+@pytest.mark.slow
+def test_the_members_of_an_integer_model(switched):
+    config = egg.EggConfig(layers=1, width=16, expansion=2)
+    es = eggroll.integer.strategy(population=eggroll.crossed(16, rows=2, signs=2), alpha=0.5)
+    state, carry = es.init(egg.init(config, jax.random.key(0)), jax.random.key(1)), es.carry(egg.state(config, 1))
+    text = jnp.arange(2 * 4, dtype=jnp.uint8).reshape(2, 4) * 31
+    score = lambda weights, carry, rows: egg.log_likelihood(config, weights, carry, rows[:, :-1], rows[:, 1:])
+    evaluate = lambda state, carry: es.evaluate(state, score, carry, text)
+    want = evaluate(state, carry)
+    assert len(set(np.asarray(want[0]).tolist())) > 8  # members differ
+    got = switched("pallas_tpu", evaluate, state, carry)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    module = switched("pallas_tpu", lowered, "pallas_tpu", evaluate, state, carry, how="lower")
+    assert module.count("stablehlo.custom_call @tpu_custom_call") == 7  # four of the unit, two of the MLP, the head
 
 
 def test_a_product_that_no_kernel_computes_is_logged(switched, caplog):
