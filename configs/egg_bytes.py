@@ -34,7 +34,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             "long": lambda: _lasting(2000, _integer()),
             "crossed": lambda: _integer(population="crossed"),
             "momentum": lambda: _integer(momentum=3),
-            "faithful": lambda: _integer(faithful=True),
+            "faithful": _faithful,
             "sgd": lambda: _lasting(5000, _backprop("sgd", 30.0)),
             "adamw": lambda: _lasting(5000, _backprop("adamw", 3e-2)),
         },
@@ -57,6 +57,12 @@ def _integer(**changes: object) -> ml_collections.ConfigDict:
     }
     config.es = ml_collections.ConfigDict(defaults | changes)
     config.mesh = mesh()
+    return config
+
+
+def _faithful() -> ml_collections.ConfigDict:
+    config = _integer(faithful=True)
+    config.model.faithful = True
     return config
 
 

@@ -75,11 +75,20 @@ def plan(params, rules: Rules, rank: int) -> tuple[Leaf, ...]:
     if unused:
         raise ValueError(f"each rule must match a parameter; {unused} match none of {[path for path, _ in leaves]}")
     planned = tuple(_plan_leaf(path, leaf, rules, rank) for path, leaf in leaves)
+    return distinct(planned)
+
+
+def distinct(leaves: Sequence[Leaf]) -> tuple[Leaf, ...]:
+    """The leaves, whose noise has addresses of its own.
+
+    Raises:
+        ValueError: two paths share a hash.
+    """
     by_hash: dict[int, str] = {}
-    for leaf in planned:
+    for leaf in leaves:
         if by_hash.setdefault(leaf.hash, leaf.path) != leaf.path:
             raise ValueError(f"paths {by_hash[leaf.hash]!r} and {leaf.path!r} share a 32-bit hash: rename one of them")
-    return planned
+    return tuple(leaves)
 
 
 def path_name(path) -> str:

@@ -189,6 +189,10 @@ def integer_strategy(config: ml_collections.ConfigDict) -> integer.Strategy:
         "antithetic": lambda: eggroll.antithetic(c.members),
         "crossed": lambda: eggroll.crossed(c.members, blocks=c.blocks, signs=2),
     }
+    if c.population == "antithetic" and c.blocks != 1:
+        raise ConfigError(
+            f"config.es.blocks is of crossed populations; antithetic ones have none, got {c.blocks}: leave it 1"
+        )
     try:
         return integer.strategy(
             population=choose("es.population", c.population, populations)(),

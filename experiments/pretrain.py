@@ -28,6 +28,7 @@ from rl.learners.types import tree_bytes
 from rl.run import Run
 
 Step = Callable[[Any, Batch], tuple[Any, Metrics]]
+_MOST_BITS = 382  # 1/16 bits that a byte can cost in integers
 
 
 class Method(NamedTuple):
@@ -83,17 +84,27 @@ def integer_method(config: ml_collections.ConfigDict, task: Task) -> Method:
         raise ConfigError(
             f"config.method = {config.method!r} needs an integer task, 'streams'; got task {config.task!r}"
         )
+    build.require(config, "es", "mesh", "tokens")
+    if config.es.faithful != config.model.faithful:
+        raise ConfigError(
+            f"config.es.faithful and config.model.faithful go together; got {config.es.faithful} and {config.model.faithful}"
+        )
     es = build.integer_strategy(config)
     try:
         rows = es.rows(config.batch)
     except ValueError as error:
         raise ConfigError(f"config.batch does not fit the population of config.es: {error}") from error
+    if config.tokens * rows * _MOST_BITS * es.population.size >= 2**41:
+        raise ConfigError(
+            f"scores of {config.tokens} tokens x {rows} rows of {es.population.size} members could overflow: use fewer tokens"
+        )
     unit = integer.arithmetic.ONE * config.tokens * rows
     size = sum(x.size for x in jax.tree.leaves(task.params))
 
     def step(state: IntegerState, batch: Batch) -> tuple[IntegerState, Metrics]:
         scores, carry = es.evaluate(state.es, task.score, state.carry, batch)
-        after, metrics = es.update(state.es, scores, _used(state.params, batch))
+        used = None if config.es.faithful else _used(state.params, batch)
+        after, metrics = es.update(state.es, scores, used)
         return IntegerState(after, carry), metrics
 
     def readable(metrics: Metrics) -> Metrics:
@@ -117,6 +128,9 @@ def backprop_method(config: ml_collections.ConfigDict, task: Task) -> Method:
     Raises:
       ConfigError: an optimizer that cannot take these parameters.
     """
+    build.require(config, "optimizer")
+    if task.carry is not None and config.model.faithful:
+        raise ConfigError("config.model.faithful is of integers: f32 divides by exact roots")
     tx = build.optimizer(config)
     try:
         opt_state = tx.init(task.params)
@@ -165,6 +179,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, tensorboard: bool = F
         unit=unit,
         show=("fitness_mean", measure.metric),
         logs=() if sample is None else ("samples.jsonl",),
+        data=task.about,
         tensorboard=tensorboard,
     )
 

@@ -60,6 +60,7 @@ class Run:
         show: Sequence[str] = ("fitness_mean",),
         keep: checkpoint.Keep = checkpoint.KEEP,
         logs: Sequence[str] = (),
+        data: Mapping[str, Any] | None = None,
         tensorboard: bool = False,
     ) -> None:
         """Describes the run; nothing is touched before `with`.
@@ -73,6 +74,7 @@ class Run:
           show: names of metrics on the progress line, in order.
           keep: which checkpoints outlive newer ones; `best` compares a metric of the step that is saved.
           logs: names of further files, written by `log` and `append`; kept in step with the checkpoints as `metrics.jsonl` is.
+          data: what identifies the data beside the config, JSON values; must be the same where the run is resumed.
           tensorboard: also write event files to `workdir/tensorboard` (extra `tensorboard`).
 
         Raises:
@@ -85,6 +87,7 @@ class Run:
         self.total_steps, self.step, self.work, self.fallbacks = total_steps, 0, 0, 0
         self._config = config_lib.resolved(config)
         self._log_names, self._logs = tuple(logs), {}
+        self._data = dict(data or {})
         self._save_every, self._unit = save_every, unit
         self._writer = checkpoint.Writer(self.workdir / "checkpoints", keep)
         self._values: dict[str, Any] = {}  # the metrics of the newest row
@@ -111,6 +114,7 @@ class Run:
             if self._main:
                 self._lock = files.lock(self.workdir)
                 files.settle_config(self.workdir, self._config)
+                files.settle_data(self.workdir, self._data)
             # Appending files are only cut back in `restore`, once it is known to which step.
             place = lambda name: self.workdir / name if self._main else os.devnull
             self._metrics = open(place("metrics.jsonl"), "ab", buffering=0)

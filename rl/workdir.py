@@ -63,6 +63,20 @@ def settle_config(workdir: Path, config: Mapping[str, Any]) -> None:
     write_json(path, config)
 
 
+def settle_data(workdir: Path, data: Mapping[str, Any]) -> None:
+    """Writes `data.json` in a new folder, compares it in an old one; nothing, if there is nothing to compare."""
+    path, data = workdir / "data.json", json.loads(json.dumps(data))
+    if not data:
+        return
+    if not path.exists():
+        write_json(path, data)
+    elif (found := json.loads(path.read_text())) != data:
+        raise RunError(
+            f"{workdir} was trained on other data: {path} has {found}, now there is {data}: use the same text (of the standard "
+            "library: the same version of Python), or another --workdir"
+        )
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes JSON so that a reader sees all of it or nothing."""
     temporary = path.with_suffix(".writing")

@@ -6,7 +6,8 @@ from jax import Array
 
 def signs(scores: Array) -> Array:
     """Which member of a pair is better: sign(s_+ - s_-), int8 [...], of scores int32 [..., 2] on the same data."""
-    return jnp.sign(scores[..., 0] - scores[..., 1]).astype(jnp.int8)
+    plus, minus = scores[..., 0], scores[..., 1]
+    return (plus > minus).astype(jnp.int8) - (plus < minus).astype(jnp.int8)  # a difference could overflow
 
 
 def pack(trits: Array) -> Array:

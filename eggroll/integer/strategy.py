@@ -23,6 +23,7 @@ from eggroll.population import Population
 # (weights, carry, rows) -> (int32 scalar, carry); matrices are `Perturbed`, vectors int8
 Score = Callable[[Any, Any, Any], tuple[Array, Any]]
 _INT32 = 2**31 - 1
+_MOST = 2**20  # members
 
 
 @functools.partial(
@@ -154,7 +155,8 @@ class Strategy:
         Args:
             scores: int32 [N] from `evaluate`.
             used: None, or a tree like the parameters' of booleans that broadcast to them: what the batch can tell anything of.
-                The rest, for example the embeddings of bytes that no row had, would move by noise alone and does not move.
+                The rest, for example the embeddings of bytes that no row had, would move by noise alone: it does not move, and
+                no noise is added to its momentum.
 
         Returns:
             (state, metrics): i32 `score_mean` (rounded down), `ties` (pairs), `moved` (entries), `limit`.
@@ -162,6 +164,8 @@ class Strategy:
         chex.assert_shape(scores, (self.population.size,))
         trits, score_mean = self._compared(scores)
         sums = self._sums(noise.plan(state.params), state, trits)
+        masks = [True] * len(sums) if used is None else jax.tree.leaves(used)
+        sums = [z if mask is True else jnp.where(mask, z, 0) for z, mask in zip(sums, masks, strict=True)]
         limit = jnp.asarray(self.limits, jnp.int32)[jnp.minimum(state.generation, len(self.limits) - 1)]
         leaves, tree = jax.tree.flatten(state.params)
         momentum = None
@@ -175,7 +179,6 @@ class Strategy:
             momentum = jax.tree.unflatten(tree, momentum)
         stepped = [threshold.step(w, z, limit, self.noise == "released") for w, z in zip(leaves, sums, strict=True)]
         if used is not None:
-            masks = jax.tree.leaves(used)
             stepped = [jnp.where(mask, new, old) for mask, new, old in zip(masks, stepped, leaves, strict=True)]
         moved = sum(jnp.sum(new != old, dtype=jnp.int32) for new, old in zip(stepped, leaves, strict=True))
         metrics = {
@@ -206,8 +209,7 @@ class Strategy:
         return jax.tree.unflatten(tree, [one(*x) for x in zip(plan, leaves, lefts, rights, strict=True)])
 
     def _groups(self, groups: int) -> np.ndarray:
-        """[pairs]: which rows a pair shares: of independent pairs neighbours the same, of crossed ones neighbours different, so
-        that every factor meets many."""
+        """[pairs]: which rows a pair shares: independent neighbours the same ones, crossed neighbours different ones."""
         blocks, rows, columns = self.population.shape[:3]
         block, row, column = np.meshgrid(np.arange(blocks), np.arange(rows), np.arange(columns), indexing="ij")
         turn = row if columns % groups == 0 else columns * row
@@ -277,13 +279,13 @@ def strategy(
     Args:
         population: with signs = 2, `eggroll.antithetic(N)` or `eggroll.crossed(N, signs=2)`.
         alpha: share of entries that move where nothing can be learned, in (0, 1]: one number, or one per generation
-            (`threshold.schedule`), of which the last one stays.
+            (`threshold.schedule`), of which the last one stays. In crossed grids of fewer than 16 x 16 it is met roughly.
         sigma_shift: the noise of a weight has the standard deviation 2^-sigma_shift in units of 1.0 (16).
         noise: "gaussian" or "rademacher", whose exact variance is in the thresholds.
         momentum: k > 0: an int16 sum of Z, which loses 2^-k of itself a generation, takes the place of Z; 0: none.
         faithful: as in the released code: noise from a table (`noise.released`), thresholds of its nominal variance, and zero
             sums count as -1. For independent pairs without momentum.
-        chunk: at most this many members at once; None: all. Changes memory and speed alone.
+        chunk: about this many members at once, of a crossed block at least a column; None: all. Changes memory and speed alone.
         mesh: members are divided over devices, one bit per member is sent per generation, and no bit depends on how many
             devices there are; None: one device.
         axes: of the mesh, that members are divided over; None: all.
@@ -312,7 +314,9 @@ def _checked(population, alpha, sigma_shift, kind, faithful, momentum, chunk, me
             f"faithful means independent pairs, Gaussian noise and no momentum; got {population.rows} x {population.columns} "
             f"pairs a block, {kind} noise and momentum {momentum}"
         )
-    for name, value, most in (("sigma_shift", sigma_shift, 27), ("momentum", momentum, 10)):
+    if population.size > _MOST:
+        raise ValueError(f"at most 2^20 members, so that the sum of their scores fits; got {population.size}")
+    for name, value, most in (("sigma_shift", sigma_shift, 27), ("momentum", momentum, 6)):
         if not isinstance(value, int) or not 0 <= value <= most:
             raise ValueError(f"{name} must be a whole number from 0 to {most}; got {value!r}")
     if chunk is not None and chunk < 2:
@@ -323,15 +327,30 @@ def _checked(population, alpha, sigma_shift, kind, faithful, momentum, chunk, me
             f"sums over pairs must fit int32: {pairs} pairs of {kind} noise could reach {pairs * top**2} > {_INT32}; at most "
             f"{2 * (_INT32 // top**2)} members, or noise='rademacher'"
         )
-    alphas = tuple(alpha) if isinstance(alpha, Sequence) else (alpha,)
+    alphas = np.asarray(alpha, float).reshape(-1).tolist()
+    if not alphas:
+        raise ValueError("alpha must be a number, or one per generation; got none")
     if faithful:
         limits = threshold.released_limits(alphas, pairs)
     else:
-        limits = threshold.limits(alphas, pairs, noise.second_moment(kind), momentum)
+        moments = noise.second_moment(kind), noise.excess(kind, population)
+        limits = threshold.limits(alphas, pairs, *moments, momentum)
     axes = () if mesh is None else mesh.axis_names if axes is None else tuple(axes)
     if mesh is not None:
         sharding.check(population, mesh, axes)
+        _check_contiguous(population, sharding.count(mesh, axes))
     return population, sigma_shift, tuple(map(int, limits)), kind, momentum, chunk, mesh, axes
+
+
+def _check_contiguous(population: Population, devices: int) -> None:
+    """Refuses a division in which the members of a device are not next to each other: what they carry would travel."""
+    members = np.arange(population.size)
+    if (sharding.divide(population, devices, sharding.CONTIGUOUS).by_device(members).reshape(-1) != members).any():
+        raise ValueError(
+            "over devices pairs are cut along blocks, then rows, then columns, each to single ones before the next; got "
+            f"{' x '.join(map(str, population.shape[:3]))} pairs over {devices} devices: choose members so that the blocks, or "
+            f"the rows of one block, are a multiple of {devices}"
+        )
 
 
 def _contract(leaf: Leaf, trits: Array, left: Array, right: Array) -> Array:
@@ -342,5 +361,5 @@ def _contract(leaf: Leaf, trits: Array, left: Array, right: Array) -> Array:
 
 
 def _mean(high: Array, low: Array, count: int) -> Array:
-    """floor of (1024 high + low) / count, whose numerator need not fit int32: for up to 2^20 scores below 2^20."""
+    """floor of (1024 high + low) / count, whose numerator need not fit int32, while all scores together stay below 2^41."""
     return high // count * 1024 + (high % count * 1024 + low) // count

@@ -41,24 +41,34 @@ def quantile(alpha: float) -> float:
     """
     if not 0 < alpha <= 1:
         raise ValueError(f"the share alpha of entries that move without a signal must be in (0, 1]; got {alpha}")
-    return NormalDist().inv_cdf(1 - alpha / 2)
+    return -NormalDist().inv_cdf(alpha / 2)
 
 
-def limits(alphas: Sequence[float], pairs: int, second_moment: float, momentum: int = 0) -> np.ndarray:
+def limits(
+    alphas: Sequence[float], pairs: int, second_moment: float, excess: float = 0.0, momentum: int = 0
+) -> np.ndarray:
     """The smallest |Z| that moves an entry, i32 [generations]; the last one stays.
 
     Args:
         alphas: one per generation.
         pairs: in Z.
         second_moment: E[x^2] of the noise.
+        excess: kurtosis of Z, by which quantiles of a normal are corrected: q + (q^3 - 3 q) excess / 24 (Cornish and Fisher).
         momentum: decay of `accumulate`; 0: none. The deviation of the sum grows in the first generations, limits with it.
     """
     deviation = math.sqrt(pairs) * second_moment
     if momentum:
         alphas = [*alphas, *alphas[-1:] * (8 << momentum)]
         kept, deviation = 1 - 2.0**-momentum, deviation / 2 ** momentum_shift(pairs, second_moment)
-    grown = lambda t: math.sqrt((1 - kept ** (2 * t + 2)) / (1 - kept**2)) if momentum else 1
-    return np.array([math.ceil(quantile(a) * deviation * grown(t)) for t, a in enumerate(alphas)], np.int32)
+
+    def limit(t, alpha):
+        # sums of powers of what is kept after 0 .. t generations
+        second, fourth = ((1 - kept ** (p * t + p)) / (1 - kept**p) if momentum else 1 for p in (2, 4))
+        q = quantile(alpha)
+        q += (q**3 - 3 * q) * excess * fourth / second**2 / 24
+        return math.ceil(q * deviation * math.sqrt(second))
+
+    return np.array([limit(t, a) for t, a in enumerate(alphas)], np.int32)
 
 
 def released_limits(alphas: Sequence[float], pairs: int) -> np.ndarray:
@@ -79,7 +89,11 @@ def momentum_shift(pairs: int, second_moment: float) -> int:
 
 
 def accumulate(momentum: Array, z: Array, shift: int, decay: int) -> Array:
-    """m - sign(m) (|m| >> decay) + round(z / 2^shift), clipped to int16: about a sum over the last 2^decay generations."""
+    """m - sign(m) round(|m| / 2^decay) + round(z / 2^shift), clipped to int16: about a sum over the last 2^decay generations.
+
+    Halves are rounded up.
+    """
     m = momentum.astype(jnp.int32)
     added = z if shift == 0 else z + (1 << shift - 1) >> shift
-    return jnp.clip(m - jnp.sign(m) * (jnp.abs(m) >> decay) + added, -_INT16, _INT16).astype(jnp.int16)
+    lost = jnp.abs(m) + (1 << decay - 1) >> decay
+    return jnp.clip(m - jnp.sign(m) * lost + added, -_INT16, _INT16).astype(jnp.int16)

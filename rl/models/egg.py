@@ -130,7 +130,7 @@ def log_likelihood(
     """log2 p(targets | inputs and state) in 1/16 bits, summed over rows and bytes.
 
     The integer likelihood is a signal to train on, no code length: its tables round down, and 256 equal logits are 8 bits at
-    some levels and 7.94 at others. What is compared with other models needs `rl.models.egg_float.of_integers`.
+    some levels and 7.875 at others. What is compared with other models needs `rl.models.egg_float.of_integers`.
 
     Args:
         state: [M, L, D].

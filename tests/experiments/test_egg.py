@@ -8,10 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import build, pretrain
+import eggroll
+from experiments import build, pretrain, pretrain_tasks
 from experiments.pretrain_tasks import TASKS
 from rl import config as config_lib
-from rl.run import Run
+from rl.data import bytes as byte_data
+from rl.run import Run, RunError
 
 CONFIG = Path(__file__).parents[2] / "configs" / "egg_bytes.py"
 SMALL = (
@@ -23,10 +25,10 @@ SMALL = (
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """Held-out text of a few thousand bytes."""
-    whole = pretrain.TASKS["streams"].__globals__["byte_data"].corpus
+    whole = byte_data.corpus
     cut = lambda *args: (corpus := whole(*args))._replace(held_out=corpus.held_out[:4000])
-    monkeypatch.setattr(pretrain.TASKS["streams"].__globals__["byte_data"], "corpus", cut)
-    monkeypatch.setitem(pretrain.TASKS["streams"].__globals__, "_SAMPLES", (2, 8))
+    monkeypatch.setattr(byte_data, "corpus", cut)
+    monkeypatch.setattr(pretrain_tasks, "_SAMPLES", (2, 8))
 
 
 def load(variant="", *overrides):
@@ -136,6 +138,11 @@ def test_only_bytes_that_were_read_move_their_embeddings():
         ("", "train_file=/none/x", "needs a file to train on and one that is held out"),
         ("", "mesh.population=3", "config.mesh: the sizes of a mesh must multiply"),
         ("", "method=eggroll", "evolves models without memory"),
+        ("", "es.blocks=2", "config.es.blocks is of crossed populations"),
+        ("", "model.faithful=True", "go together; got False and True"),
+        ("", "method=backprop", "needs a config with the keys optimizer, but this one has no optimizer"),
+        ("sgd", "method=integer", "this one has no es, mesh"),
+        ("sgd", "model.faithful=True", "config.model.faithful is of integers"),
         ("faithful", "es.momentum=2", "faithful means independent pairs"),
     ],
 )
@@ -152,6 +159,23 @@ def test_tasks_that_are_not_of_integers(tmp_path):
 
 
 def test_the_strategy_is_the_config_s():
-    es = build.integer_strategy(load("crossed", "es.alpha=4.0", "es.alpha_decay=10", "steps=7"))
-    assert (es.population.rows, es.population.columns, es.population.signs) == (4, 4, 2)
-    assert len(es.limits) == 7 and es.limits[0] == 0 < es.limits[1] and es.chunk == 16
+    changes = ("es.blocks=2", "es.sigma_shift=5", "es.noise=rademacher", "es.momentum=2", "es.chunk=0", "mesh.tensor=8")
+    es = build.integer_strategy(load("crossed", "es.alpha=0.5", "es.members=64", *changes))
+    assert es.population == eggroll.crossed(64, blocks=2, signs=2)
+    assert (es.sigma_shift, es.noise, es.momentum, es.chunk) == (5, "rademacher", 2, None)
+    assert es.mesh.shape["tensor"] == 8 and es.axes == es.mesh.axis_names
+    es = build.integer_strategy(load("pairs", "es.alpha=4.0", "es.alpha_decay=10", "steps=7"))
+    assert len(es.limits) == 7 and es.limits[0] == 0 < es.limits[1] and es.chunk == 16 and es.mesh is None
+    assert build.integer_strategy(load("faithful")).noise == "released"
+
+
+def test_a_run_does_not_go_on_with_another_text(tmp_path, monkeypatch):
+    with Run(tmp_path, {}, total_steps=2, save_every=1, data={"corpus": {"sha256": "a"}}):
+        pass
+    with Run(tmp_path, {}, total_steps=2, save_every=1, data={"corpus": {"sha256": "a"}}):
+        pass
+    with (
+        pytest.raises(RunError, match="was trained on other data.*'a'.*'b'"),
+        Run(tmp_path, {}, total_steps=2, save_every=1, data={"corpus": {"sha256": "b"}}),
+    ):
+        pass

@@ -73,9 +73,13 @@ def test_one_bit_per_member_is_sent(design):
     assert {s.data.shape[0] for s in carry.addressable_shards} == {es.population.size // 8}
 
 
-@pytest.mark.parametrize("settings", [{}, {"momentum": 2}, {"noise": "rademacher"}, {"faithful": True}])
-def test_no_float_is_in_the_compiled_programs(settings):
-    *_, evaluate, update = programs("pairs", None, **settings)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "settings"),
+    [(None, {}), (None, {"momentum": 2}), (None, {"noise": "rademacher"}), (8, {}), (8, {"faithful": True})],
+)
+def test_no_float_is_in_the_compiled_programs(count, settings):
+    *_, evaluate, update = programs("pairs", count, **settings)
     for program in (evaluate, update):
         assert not _FLOAT.findall(program.as_text())
 
@@ -89,3 +93,5 @@ def test_populations_that_do_not_divide_over_the_devices():
     mesh = Mesh(np.array(jax.devices()[:8]), ("members",))
     with pytest.raises(ValueError, match="6 x 1 x 1 over 8"):
         integer.strategy(population=eggroll.antithetic(12), alpha=0.5, mesh=mesh)
+    with pytest.raises(ValueError, match="1 x 6 x 4 pairs over 8 devices"):  # rows by 2, columns by 4
+        integer.strategy(population=eggroll.crossed(48, rows=6, signs=2), alpha=0.5, mesh=mesh)

@@ -102,7 +102,7 @@ def test_thresholds_and_their_schedule():
 
 
 def test_momentum():
-    same(twin.momentum([100, -100, 7, -7, 0], [0] * 5, 0, 3), [88, -88, 7, -7, 0])
+    same(twin.momentum([100, -100, 7, -7, 0], [0] * 5, 0, 3), [87, -87, 6, -6, 0])
     same(twin.momentum([0] * 6, [5, 6, 7, -5, -6, -7], 2, 3), [1, 2, 2, -1, -1, -2])  # 1.25 1.5 1.75; halves go up
     same(twin.momentum([32767, -32767], [40000, -40000], 0, 15), [32767, -32767])
 

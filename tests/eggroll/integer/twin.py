@@ -294,10 +294,10 @@ def alpha_at(alpha: float, t: int, T: int = 1000) -> float:
 
 
 def momentum(m: Any, z: Any, shift_in: int, decay: int) -> np.ndarray:
-    """m - sign(m) (|m| >> decay) + z / 2^shift_in (to the nearest, ties up), clipped to an int16 without -32768."""
+    """m - sign(m) |m| / 2^decay + z / 2^shift_in (both to the nearest, ties up), clipped to an int16 without -32768."""
     m, z = wide(m), wide(z)
     half = 2 ** (shift_in - 1) if shift_in else 0
-    return np.clip(m - np.sign(m) * (np.abs(m) >> decay) + (z + half >> shift_in), -32767, 32767)
+    return np.clip(m - np.sign(m) * (np.abs(m) + 2**decay // 2 >> decay) + (z + half >> shift_in), -32767, 32767)
 
 
 # ---- noise ----------------------------------------------------------------------------------------------------------
