@@ -16,14 +16,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from eggroll import sharding
 from eggroll.integer import fitness, noise, threshold
 from eggroll.integer.arithmetic import Perturbed, vector
+from eggroll.integer.checks import check_division, check_settings
 from eggroll.members import map_members
 from eggroll.noise import LEFT, RIGHT, Leaf, seed_words
 from eggroll.population import Population
 
 # (weights, carry, rows) -> (int32 scalar, carry); matrices are `Perturbed`, vectors int8
 Score = Callable[[Any, Any, Any], tuple[Array, Any]]
-_INT32 = 2**31 - 1
-_MOST = 2**20  # members
 
 
 @functools.partial(
@@ -298,59 +297,26 @@ def strategy(
     crossed populations, momentum, and the exact variance in the thresholds are this project's.
     """
     kind = "released" if faithful and noise == "gaussian" else noise
-    return Strategy(*_checked(population, alpha, sigma_shift, kind, faithful, momentum, chunk, mesh, axes))
+    check_settings(population, sigma_shift, kind, faithful, momentum, chunk)
+    axes = () if mesh is None else mesh.axis_names if axes is None else tuple(axes)
+    if mesh is not None:
+        check_division(population, mesh, axes)
+    return Strategy(
+        population, sigma_shift, _limits(kind, population, alpha, momentum), kind, momentum, chunk, mesh, axes
+    )
 
 
-def _checked(population, alpha, sigma_shift, kind, faithful, momentum, chunk, mesh, axes) -> tuple:
-    if population.signs != 2:
-        raise ValueError(
-            f"integer fitness compares pairs: the population needs signs = 2, got {population.signs}; use "
-            f"eggroll.antithetic({population.size}) or eggroll.crossed({population.size}, signs=2)"
-        )
-    if kind not in (*noise.KINDS, "released"):
-        raise ValueError(f"the noise is one of {', '.join(noise.KINDS)}; got {kind!r}")
-    if faithful and (momentum or population.rows * population.columns > 1 or kind != "released"):
-        raise ValueError(
-            f"faithful means independent pairs, Gaussian noise and no momentum; got {population.rows} x {population.columns} "
-            f"pairs a block, {kind} noise and momentum {momentum}"
-        )
-    if population.size > _MOST:
-        raise ValueError(f"at most 2^20 members, so that the sum of their scores fits; got {population.size}")
-    for name, value, most in (("sigma_shift", sigma_shift, 27), ("momentum", momentum, 6)):
-        if not isinstance(value, int) or not 0 <= value <= most:
-            raise ValueError(f"{name} must be a whole number from 0 to {most}; got {value!r}")
-    if chunk is not None and chunk < 2:
-        raise ValueError(f"a chunk must hold at least one pair, 2 members; got {chunk}")
-    pairs, top = population.directions, noise.largest(kind)
-    if pairs * top**2 > _INT32:
-        raise ValueError(
-            f"sums over pairs must fit int32: {pairs} pairs of {kind} noise could reach {pairs * top**2} > {_INT32}; at most "
-            f"{2 * (_INT32 // top**2)} members, or noise='rademacher'"
-        )
+def _limits(kind: str, population: Population, alpha: float | Sequence[float], momentum: int) -> tuple[int, ...]:
+    """The smallest |Z| that moves an entry, one per generation."""
     alphas = np.asarray(alpha, float).reshape(-1).tolist()
     if not alphas:
         raise ValueError("alpha must be a number, or one per generation; got none")
-    if faithful:
-        limits = threshold.released_limits(alphas, pairs)
+    if kind == "released":
+        limits = threshold.released_limits(alphas, population.directions)
     else:
         moments = noise.second_moment(kind), noise.excess(kind, population)
-        limits = threshold.limits(alphas, pairs, *moments, momentum)
-    axes = () if mesh is None else mesh.axis_names if axes is None else tuple(axes)
-    if mesh is not None:
-        sharding.check(population, mesh, axes)
-        _check_contiguous(population, sharding.count(mesh, axes))
-    return population, sigma_shift, tuple(map(int, limits)), kind, momentum, chunk, mesh, axes
-
-
-def _check_contiguous(population: Population, devices: int) -> None:
-    """Refuses a division in which the members of a device are not next to each other: what they carry would travel."""
-    members = np.arange(population.size)
-    if (sharding.divide(population, devices, sharding.CONTIGUOUS).by_device(members).reshape(-1) != members).any():
-        raise ValueError(
-            "over devices pairs are cut along blocks, then rows, then columns, each to single ones before the next; got "
-            f"{' x '.join(map(str, population.shape[:3]))} pairs over {devices} devices: choose members so that the blocks, or "
-            f"the rows of one block, are a multiple of {devices}"
-        )
+        limits = threshold.limits(alphas, population.directions, *moments, momentum)
+    return tuple(map(int, limits))
 
 
 def _contract(leaf: Leaf, trits: Array, left: Array, right: Array) -> Array:
