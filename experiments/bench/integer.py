@@ -22,12 +22,12 @@ class Size(NamedTuple):
 
     layers: int = 2
     width: int = 64
-    tokens: int = 20
+    tokens: int = 100
 
 
 def populations() -> list[tuple[Size, int]]:
     """2^6 to 2^16 members of the small model, and the published one."""
-    return [(Size(), 2**n) for n in (6, 8, 10, 12, 14, 16)] + [(Size(6, 256, 4), 512)]
+    return [(Size(), 2**n) for n in (6, 8, 10, 12, 14, 16)] + [(Size(6, 256, 20), 512)]
 
 
 class Programs(NamedTuple):
