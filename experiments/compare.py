@@ -105,8 +105,9 @@ def name(settings: dict[str, Any]) -> str:
     title = _NAMES.get(method, method.replace("_", " "))
     if method == "integer":
         title = f"integers, {settings['es.population']}, {settings['es.members']} members, {settings['steps']} steps"
-        extras = ("faithful",) if settings["es.faithful"] else ("momentum",) if settings["es.momentum"] else ()
-        return ", ".join((title, *extras))
+        noise = settings["es.noise"] if settings["es.noise"] != "gaussian" else ""
+        momentum = f"momentum {settings['es.momentum']}" if settings["es.momentum"] else ""
+        return ", ".join(filter(None, (title, noise, momentum, "faithful" if settings["es.faithful"] else "")))
     if method == "eggroll":
         title += f", {settings['es.population']}, rank {settings['es.rank']}"
     if settings.get("optimizer.name", "adam") != "adam":

@@ -197,3 +197,27 @@ def test_the_readme_row_of_a_recipe_has_median_every_seed_and_time(started, tmp_
 def test_the_default_is_every_method_on_both_environments():
     assert len(compare.DEFAULT) == 10 and len(set(compare.DEFAULT)) == 10
     assert all((report.ROOT / config.partition(":")[0]).is_file() for config in compare.DEFAULT)
+
+
+def test_integer_runs_are_told_apart():
+    named = lambda *changes: compare.name(
+        config_lib.flatten(config_lib.resolved(config_lib.load("configs/egg_bytes.py", changes)))
+    )
+    assert named() == "integers, antithetic, 4096 members, 300 steps"
+    assert named("es.noise=rademacher", "es.momentum=2").endswith("300 steps, rademacher, momentum 2")
+    assert named("es.faithful=True", "es.members=64") == "integers, antithetic, 64 members, 300 steps, faithful"
+
+
+def test_how_many_seeds_a_config_has_of_its_own(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(compare, "run", lambda workdir, config, seed: ran.append((config, seed)))
+    finished = compare.run_all(tmp_path, ["a.py:x@1", "b.py"], seeds=2)
+    assert sorted(ran) == [("a.py:x", 0), ("b.py", 0), ("b.py", 1)]
+    assert [f.config for f in finished] == ["a.py:x", "b.py"]
+
+
+@pytest.mark.parametrize("wrong", ["a.py@0", "a.py@x", "a.py@"])
+def test_seeds_that_are_none(wrong, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        compare.main([wrong, f"--workdir={tmp_path}"])
+    assert f"how many seeds, at least 1; got {wrong}" in capsys.readouterr().err
