@@ -125,9 +125,8 @@ class Victim:
             traceback.print_exc()
         finally:
             if environment and not status:
-                importlib.import_module(
-                    "jax"
-                ).distributed.shutdown()  # as at an ordinary end: each waits for the others
+                # as at an ordinary end: each waits for the others
+                importlib.import_module("jax").distributed.shutdown()
             with contextlib.suppress(OSError):
                 sys.stdout.flush(), sys.stderr.flush()
             os._exit(status)

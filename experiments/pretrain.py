@@ -94,9 +94,11 @@ def integer_method(config: ml_collections.ConfigDict, task: Task) -> Method:
         rows = es.rows(config.batch)
     except ValueError as error:
         raise ConfigError(f"config.batch does not fit the population of config.es: {error}") from error
-    if config.tokens * rows * _MOST_BITS * es.population.size >= 2**41:
+    most = config.tokens * rows * _MOST_BITS
+    if most >= 2**31 or most * es.population.size >= 2**41:  # of one, of the sum for their mean
         raise ConfigError(
-            f"scores of {config.tokens} tokens x {rows} rows of {es.population.size} members could overflow: use fewer tokens"
+            f"scores of {config.tokens} tokens x {rows} rows of {es.population.size} members could overflow: use fewer tokens "
+            "or rows (config.batch)"
         )
     unit = integer.arithmetic.ONE * config.tokens * rows
     size = sum(x.size for x in jax.tree.leaves(task.params))

@@ -50,7 +50,6 @@ def checkpointer(processes: Sequence[int]) -> ocp.Checkpointer:
     handler = ocp.PyTreeCheckpointHandler(
         use_compression=False, use_ocdbt=False, multiprocessing_options=meeting, type_handler_registry=registry
     )
-    handler.finalize = lambda directory: (
-        None
-    )  # it would look for files of another format to merge, and warn of their absence
+    # It would look for files of another format to merge, and warn of their absence.
+    handler.finalize = lambda directory: None
     return ocp.Checkpointer(handler, multiprocessing_options=meeting)

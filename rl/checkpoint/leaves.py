@@ -56,7 +56,7 @@ def copy(snapshot: Snapshot, spare: Snapshot | None = None) -> Snapshot:
     Arrays of an accelerator are copied into pinned host memory. That copy is only *enqueued*: it runs behind the step that made
     the values and beside the next one, and the runtime lets nobody overwrite a donated buffer that a pending copy still reads.
     The card of this design: DataStates-LLM, arXiv 2406.10707. On a CPU, and where a platform has no such memory, NumPy copies
-    at once, when the step is done: 0.02 s per 200 MB into memory that is there already, and up to 0.5 s into new memory.
+    at once, when the step is done; quickly into memory that is there already, many times more slowly into new memory.
 
     Args:
       snapshot: of the state.

@@ -158,6 +158,15 @@ def test_tasks_that_are_not_of_integers(tmp_path):
         pretrain.train(config, str(tmp_path / "never"))
 
 
+@pytest.mark.parametrize("changes", [("tokens=5700000",), ("tokens=400000", "es.members=32768")])
+def test_scores_that_could_overflow(changes):
+    """382 x 5,700,000 is above 2^31; 382 x 400,000 x 32,768 above 2^41."""
+    task = TASKS["streams"](load())
+    with pytest.raises(config_lib.ConfigError, match="could overflow: use fewer tokens"):
+        pretrain.integer_method(load("", *changes), task)
+    assert pretrain.integer_method(load(), task)
+
+
 def test_the_strategy_is_the_config_s():
     changes = ("es.blocks=2", "es.sigma_shift=5", "es.noise=rademacher", "es.momentum=2", "es.chunk=0", "mesh.tensor=8")
     es = build.integer_strategy(load("crossed", "es.alpha=0.5", "es.members=64", *changes))
