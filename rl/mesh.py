@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from eggroll import sharding
@@ -188,7 +187,7 @@ def agreed(value: int) -> list[int]:
     """The numbers of all processes, process 0's first, on each of them; all have to call this at the same point."""
     if jax.process_count() == 1:
         return [value]
-    return multihost_utils.process_allgather(np.int32(value)).reshape(-1).tolist()
+    return _gathered(np.int32(value)).tolist()
 
 
 def exchanged(value: Any) -> list[Any]:
@@ -198,19 +197,31 @@ def exchanged(value: Any) -> list[Any]:
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = agreed(text.size)
     room = 1 << max(sizes).bit_length()  # a power of two: few programs to compile
-    every = np.asarray(multihost_utils.process_allgather(np.pad(text, (0, room - text.size))))
-    return [json.loads(row[:size].tobytes()) for row, size in zip(every.reshape(-1, room), sizes, strict=True)]
+    every = _gathered(np.pad(text, (0, room - text.size)))
+    return [json.loads(row[:size].tobytes()) for row, size in zip(every, sizes, strict=True)]
 
 
 def on_host(tree: Any) -> Any:
     """Arrays of several processes as NumPy arrays, whole and in each of them, one after the other; others as they are."""
 
-    def whole(x):
-        if not isinstance(x, jax.Array) or x.is_fully_addressable:
-            return x
-        return np.asarray(x if x.is_fully_replicated else multihost_utils.process_allgather(x, tiled=True))
+    return jax.tree.map(lambda x: x if not isinstance(x, jax.Array) or x.is_fully_addressable else _whole(x), tree)
 
-    return jax.tree.map(whole, tree)
+
+def _gathered(value: np.ndarray) -> np.ndarray:
+    """[process, ...]: an array of each process, on each of them."""
+    mesh = Mesh(np.reshape(jax.devices(), (jax.process_count(), -1)), ("process", "device"))
+    own = np.asarray(value)[None]
+    return _whole(jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("process")), own))
+
+
+def _whole(x: jax.Array) -> np.ndarray:
+    """An array of several processes. Waits for all devices: one that has not met its peers yet would hang the end."""
+    whole = jax.jit(_same, out_shardings=NamedSharding(x.sharding.mesh, PartitionSpec()))(x)
+    return np.asarray(jax.block_until_ready(whole))
+
+
+def _same(x: jax.Array) -> jax.Array:
+    return x
 
 
 def check_agreement(config: Mapping[str, Any]) -> None:
@@ -227,7 +238,7 @@ def check_agreement(config: Mapping[str, Any]) -> None:
     versions = {name: metadata.version(name) for name in _VERSIONED}
     text = json.dumps([config, versions], sort_keys=True).encode()
     words = np.frombuffer(hashlib.sha256(text).digest(), np.uint32)
-    every = np.asarray(multihost_utils.process_allgather(words)).reshape(-1, words.size)
+    every = _gathered(words)
     odd = [i for i, other in enumerate(every) if not np.array_equal(other, every[0])]
     if odd:
         raise ValueError(

@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
+from rl import mesh as meshes
 from rl.checkpoint import backend, disk, leaves, retention
 from rl.checkpoint.leaves import CheckpointError, NoRoomError, Row, Snapshot
 
@@ -290,10 +290,9 @@ def _newest_usable(directory: Path, only: str) -> tuple[_Content | None, tuple[s
                 break
             except _Damaged as error:
                 skipped.append(_set_aside(directory / f"{candidate:010d}", error))
-    if jax.process_count() > 1:
-        step = int(multihost_utils.broadcast_one_to_all(np.int32(found[0]["step"] if found else -1)))
-        if jax.process_index() and step >= 0:
-            found = _read(directory, step, only)
+    step = meshes.agreed(found[0]["step"] if found else -1)[0]
+    if jax.process_index() and step >= 0:
+        found = _read(directory, step, only)
     return found, tuple(skipped)
 
 
