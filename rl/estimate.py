@@ -22,8 +22,8 @@ from eggroll import Estimate
 from kernels import token_logprob
 from rl.data import packing
 from rl.data.packing import Shape
-from rl.mesh import over_micro_batches, place
-from rl.models.language import LanguageModel, Params, head_of
+from rl.mesh import gatherer, over_micro_batches, parts, place
+from rl.models.language import Gather, LanguageModel, Params, head_of, is_layer
 from rl.objectives.policy_gradient import Credit, Objective, loss
 from rl.types import TrainBatch
 
@@ -49,6 +49,7 @@ def completion_logp(
     *,
     temperature: float | Array = 1.0,
     block: int | None = None,
+    gather: Gather | None = None,
 ) -> tuple[Array, Array]:
     """Log-probability of every completion token of one micro-batch, and the entropy of the distribution it was drawn from.
 
@@ -58,12 +59,15 @@ def completion_logp(
         micro: one micro-batch of a `TrainBatch`: no leading M.
         temperature: of the distribution, > 0.
         block: tokens whose logits exist at one time; None: 128 on a CPU, where they stay in its cache, else 1024.
+        gather: puts parameters together that devices hold in parts: each layer's where it is used, the others here.
 
     Returns:
         ([n, L], [n, L]) in nats, f32 (f64 for an f64 model); exactly 0 beyond each completion, with exactly zero gradient.
     """
     rows, capacity = micro.ids.shape
-    hidden = jax.vmap(functools.partial(_hidden, model, params))(micro.ids, micro.segments, micro.experts)
+    if gather is not None:
+        params = {name: part if is_layer(name) else gather(name, part) for name, part in params.items()}
+    hidden = jax.vmap(functools.partial(_hidden, model, params, gather))(micro.ids, micro.segments, micro.experts)
     hidden, ids = hidden.reshape(rows * capacity, -1), micro.ids.reshape(-1)
     place = jnp.arange(micro.longest)
     real = place < micro.length[:, None]
@@ -86,10 +90,12 @@ def _block() -> int:
     return _CPU_BLOCK if jax.default_backend() == "cpu" else _BLOCK
 
 
-def _hidden(model: LanguageModel, params: Params, ids: Array, segments: Array, experts: Array | None) -> Array:
+def _hidden(
+    model: LanguageModel, params: Params, gather: Gather | None, ids: Array, segments: Array, experts: Array | None
+) -> Array:
     """[C, width] of one packed row; padding, which may hold anything, becomes 0 before a head or a gradient meets it."""
-    forced = {} if experts is None else {"experts": experts}
-    hidden, _ = model.forward(params, jnp.where(segments >= 0, ids, 0), segments=segments, **forced)
+    given = {name: x for name, x in (("experts", experts), ("gather", gather)) if x is not None}
+    hidden, _ = model.forward(params, jnp.where(segments >= 0, ids, 0), segments=segments, **given)
     return jnp.where(segments[:, None] >= 0, hidden, 0)
 
 
@@ -105,12 +111,15 @@ def completion_scores(
     """`completion_logp` of all micro-batches, ([M, n, L], [M, n, L]): what proximal and reference policies think."""
 
     def run(params, batch):
-        one = lambda m: completion_logp(model, params, _take(batch, m), temperature=temperature, block=block)
+        one = lambda m: completion_logp(
+            model, params, _take(batch, m), temperature=temperature, block=block, gather=gatherer(divided)
+        )
         put = lambda m, out: jax.tree.map(lambda every, part: every.at[m].set(part), out, one(m))
         empty = jax.tree.map(lambda x: jnp.zeros((len(batch.ids), *x.shape), x.dtype), jax.eval_shape(one, 0))
-        return (), (), lax.fori_loop(0, batch.used, put, empty)
+        return (), (), (), lax.fori_loop(0, batch.used, put, empty)
 
-    return over_micro_batches(mesh, run, params, batch)[2]
+    divided = parts(mesh, params)
+    return over_micro_batches(mesh, run, params, batch, divided=divided)[3]
 
 
 def estimate(
@@ -148,12 +157,14 @@ def estimate(
     _check(batch)
 
     def numerator(params, micro):
-        logp, entropy = completion_logp(model, merge(params), micro, temperature=temperature, block=block)
+        logp, entropy = completion_logp(
+            model, merge(params), micro, temperature=temperature, block=block, gather=gatherer(divided)
+        )
         seen = credit_of(micro) if credit is None else credit(micro, logp)
         out = loss(objective, logp, entropy, seen)
         return out.numerator, out
 
-    differentiate = jax.grad(numerator, has_aux=True)
+    divided, differentiate = parts(mesh, params), jax.grad(numerator, has_aux=True)
 
     def run(params, batch):
         def one(m, carry):
@@ -167,9 +178,12 @@ def estimate(
         zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype))
         log_weight = jnp.zeros((len(batch.ids), *shapes.log_weight.shape), shapes.log_weight.dtype)
         start = (wide_zeros(params), zeros(shapes.denominator), zeros(shapes.metrics)), zeros(shapes.maxima), log_weight
-        return lax.fori_loop(0, batch.used, one, start)
+        (gradient, *sums), maxima, log_weight = lax.fori_loop(0, batch.used, one, start)
+        return gradient, sums, maxima, log_weight
 
-    (gradient, denominator, metrics), maxima, log_weight = over_micro_batches(mesh, run, params, batch)
+    gradient, (denominator, metrics), maxima, log_weight = over_micro_batches(
+        mesh, run, params, batch, divided=divided, learns=True
+    )
     gradient, sample = place(mesh, gradient), Sample(log_weight, maxima)
     share = jnp.where(denominator > 0, 1 / jnp.where(denominator > 0, denominator, 1), 0)
     gradient = jax.tree.map(lambda x: x * share.astype(x.dtype), gradient)
@@ -220,9 +234,9 @@ def norms(
             return out[0].at[m].set(squares), out[1].at[m].set(weight.astype(jnp.float32))
 
         zeros = jnp.zeros(batch.source.shape, jnp.float32)
-        return (), (), lax.fori_loop(0, batch.used, one, (zeros, zeros))
+        return (), (), (), lax.fori_loop(0, batch.used, one, (zeros, zeros))
 
-    return over_micro_batches(mesh, run, params, batch)[2]
+    return over_micro_batches(mesh, run, params, batch)[3]
 
 
 def activation_bytes(

@@ -7,17 +7,21 @@
 
 Results depend on the sizes by rounding alone, and evolution's not at all under the conditions of `eggroll.strategy`.
 
-`fsdp` divides what is held between steps. During a gradient every device has all parameters that `tensor` leaves it, their sum
-of gradients and one micro-batch's: about three times the parameters in f32, however large `fsdp` is.
+`fsdp` also divides what a gradient takes: a layer's parameters are put together where they are used, in the forward pass and
+again in the backward pass, and its gradient is summed into parts at once (Zhao et al., PyTorch FSDP, arXiv 2304.11277).
+Embedding and head are put together for each micro-batch. Exceptions, for which every device has all parameters that `tensor`
+leaves it: LoRA, whose base is merged as a whole, VCPO's norms of single sequences, and sampling.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -27,6 +31,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from eggroll import sharding
+from eggroll.noise import path_name
+from rl.models.language import Gather
 from rl.types import TrainBatch
 
 AXES = ("population", "data", "fsdp", "tensor")
@@ -111,12 +117,68 @@ def lay_out(mesh: Mesh | None, params: Any, master: Any, opt_state: Any) -> tupl
     return place(mesh, params), place(mesh, master), opt_state
 
 
-def over_micro_batches(mesh: Mesh | None, run: Callable, params: Any, batch: TrainBatch) -> tuple[Any, Any, Any]:
+def parts(mesh: Mesh | None, params: Any) -> dict[str, int]:
+    """Path -> axis, counted from the last (-1), of the parameters that `fsdp` divides."""
+    if mesh is None:
+        return {}
+    where = jax.tree_util.tree_flatten_with_path(sharding.shardings(mesh, LAYOUT, params))[0]
+    return {path_name(path): x.spec.index("fsdp") - len(x.spec) for path, x in where if "fsdp" in x.spec}
+
+
+def gatherer(divided: Mapping[str, int]) -> Gather | None:
+    """What puts parameters together inside `over_micro_batches`; None where nothing is divided.
+
+    Args:
+        divided: from `parts`.
+    """
+    if not divided:
+        return None
+
+    def gather(name, tree):
+        def one(path, x):
+            axis = divided.get(f"{name}/{path_name(path)}")
+            return x if axis is None else _put_together(x, x.ndim + axis)
+
+        return jax.tree_util.tree_map_with_path(one, tree)
+
+    return gather
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _put_together(x: jax.Array, axis: int) -> jax.Array:
+    """The parts of all devices along `fsdp`; its gradient is the sum of theirs, in f32 at least, each keeping its part."""
+    return _gather_parts(x, axis)
+
+
+def _gather_parts(x, axis):
+    return lax.all_gather(x, "fsdp", axis=axis, tiled=True)
+
+
+def _summed_into_parts(axis, _, gradient):
+    wide = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
+    return (lax.psum_scatter(wide, "fsdp", scatter_dimension=axis, tiled=True).astype(gradient.dtype),)
+
+
+_put_together.defvjp(lambda x, axis: (_gather_parts(x, axis), None), _summed_into_parts)
+
+
+def over_micro_batches(
+    mesh: Mesh | None,
+    run: Callable,
+    params: Any,
+    batch: TrainBatch,
+    *,
+    divided: Mapping[str, int] = MappingProxyType({}),
+    learns: bool = False,
+) -> tuple[Any, Any, Any, Any]:
     """Every device runs its own micro-batches, dealt out in turn; where they run out, empty ones.
 
     Args:
-        run: (params, batch) -> (what is added over micro-batches, what is largest, what each has with leading axis M).
-        params: the same on every device.
+        run: (params, batch) -> (gradient, what else is added over micro-batches, what is largest, what each has with leading
+            axis M).
+        params: the same on every device, but for those divided.
+        divided: from `parts`: what `run` sees one part of, on each device, and puts together by `gatherer`.
+        learns: whether there is a gradient, summed over micro-batches, like the parameters; else it is ().
 
     Returns:
         What `run` returns of the whole batch.
@@ -136,21 +198,29 @@ def over_micro_batches(mesh: Mesh | None, run: Callable, params: Any, batch: Tra
     def own(device, params, batch, used):
         batch = jax.tree.map(lambda x: x[0], batch)
         # as many on every device: programs with the compiler's own exchanges, over `tensor`, must go in step
-        added, largest, each = run(params, dataclasses.replace(batch, used=-(-used // devices)))
+        gradient, added, largest, each = run(params, dataclasses.replace(batch, used=-(-used // devices)))
         each = jax.tree.map(lambda x: x[None], each)
+        others = lambda path: [axis for axis in SPREAD if axis != "fsdp" or path_name(path) not in divided]
         return (
+            jax.tree_util.tree_map_with_path(lambda path, x: lax.psum(x, others(path)), gradient),
             jax.tree.map(lambda x: lax.psum(x, SPREAD), added),
             jax.tree.map(lambda x: lax.pmax(x, SPREAD), largest),
             each,
         )
 
+    def held(path, x):
+        axis = divided.get(path_name(path))
+        return PartitionSpec(*("fsdp" if i - x.ndim == axis else None for i in range(x.ndim)))
+
     everywhere, spread = PartitionSpec(), PartitionSpec(SPREAD)
-    mapped = sharding.per_device(own, mesh, SPREAD, (everywhere, spread, everywhere), (everywhere, everywhere, spread))
+    lies = jax.tree_util.tree_map_with_path(held, params)
+    results = (lies if learns else everywhere, everywhere, everywhere, spread)
+    mapped = sharding.per_device(own, mesh, SPREAD, (lies, spread, everywhere), results)
     dealt = jax.tree_util.tree_map_with_path(deal, batch)
-    added, largest, each = mapped(params, dealt, jnp.asarray(batch.used))
+    gradient, added, largest, each = mapped(params, dealt, jnp.asarray(batch.used))
     back = lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:size]
     each = jax.tree.map(lambda x: lax.with_sharding_constraint(back(x), NamedSharding(mesh, everywhere)), each)
-    return added, largest, each
+    return gradient, added, largest, each
 
 
 # -- several processes -----------------------------------------------------------------------------------------------

@@ -71,7 +71,8 @@ compared are compiled, warmed up, and then timed in turn, round after round; a v
 
 * scaling, `ideal_over_device`: a D-th of the operations of one device alone over those of each of D devices, as compiled, with
   the bytes that devices send each other. Of a generation (five dense layers, 128 antithetic members): evaluation, and the
-  update with sums rebuilt everywhere or reduced; and of a step of GRPO, the gradient. Without 8 devices, on simulated ones.
+  update with sums rebuilt everywhere or reduced; and of a step of GRPO, the gradient. `device_over_alone`: bytes of one device
+  while a gradient of GRPO runs, of 16 layers under `fsdp`, over those of one device alone. Simulated where there are not 8.
 """
 
 from experiments.bench import checkpoint, evolution, gradient, integer, kernels, language, optimizers, packing, scaling

@@ -57,10 +57,10 @@ def evolution(mesh, width: int = 128, members: int = 128, rows: int = 4) -> dict
     return programs
 
 
-def grpo(mesh) -> dict[str, tuple[Any, int]]:
+def grpo(mesh, **sizes) -> dict[str, tuple[Any, int]]:
     """The gradient of a step of GRPO; a device's work is that of a micro-batch, as often as it has one."""
     work = Work("tiny-transformer", prompts=8, samples=8, prompt=16, completion=48, micro_batch=256)
-    model, rng = make(preset(work.model, vocab=64)), np.random.default_rng(0)
+    model, rng = make(preset(work.model, vocab=64, **sizes)), np.random.default_rng(0)
     prompts = rng.integers(1, 64, (work.prompts, work.prompt)).astype(np.int32)
     count = work.prompts * work.samples
     rollouts = Rollouts.empty(np.full(count, -1), work.completion)
@@ -75,11 +75,17 @@ def grpo(mesh) -> dict[str, tuple[Any, int]]:
     return {"gradient": (jax.jit(gradient).lower(params, batch).compile(), -(-int(batch.used) // devices))}
 
 
+def needed(compiled) -> int:
+    """Bytes of one device while a program runs."""
+    m = compiled.memory_analysis()
+    return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+
+
 PROGRAMS: dict[str, tuple[str, Callable]] = {"evolution": ("population", evolution), "grpo": ("data", grpo)}
 
 
 def scaling(repeats: int) -> Iterator[Row]:
-    """Operations of one device, and what is sent, on 1, 2, 4 and 8 devices; simulated ones where there are fewer."""
+    """Operations and memory of one device, and what is sent, on 1, 2, 4 and 8 devices; simulated ones where there are fewer."""
     if jax.device_count() < DEVICES[-1]:
         yield from _elsewhere()
         return
@@ -94,6 +100,15 @@ def scaling(repeats: int) -> Iterator[Row]:
                 yield row(
                     {"of": name, "part": part, "devices": count}, "ideal_over_device", ideal / work, {}, 1, **further
                 )
+    whole = 0
+    for count in DEVICES:  # a model most of whose memory is its parameters
+        mesh = meshes.make({"fsdp": count}, jax.devices()[:count])
+        compiled, _ = grpo(mesh, layers=16, width=256, hidden=512, scan_layers=True, remat=True)["gradient"]
+        size = needed(compiled)
+        whole = whole or size
+        further = {"bytes_per_device": size, "sent_bytes": sum(sent(compiled))}
+        setting = {"of": "grpo", "part": "memory with fsdp", "devices": count}
+        yield row(setting, "device_over_alone", size / whole, {}, 1, **further)
 
 
 def _elsewhere() -> Iterator[Row]:

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -11,6 +12,7 @@ from kernels import token_logprob
 
 Params = dict[str, Any]
 Cache = Any
+Gather = Callable[[str, Any], Any]  # see `LanguageModel.forward`
 _STACK = "layers"
 
 
@@ -23,8 +25,8 @@ class LanguageModel(NamedTuple):
         config: `TransformerConfig` or `RWKV7Config`, frozen, with `vocab`, `layers`, `width`, `dtype`, `scan_layers`.
         init: key -> params, a nested dict; kernels are [in, out], stacked [layers, ...] where `scan_layers`.
         empty: length -> cache of one sequence of at most so many tokens (the length means nothing to RWKV).
-        forward: (params, ids [L] i32, cache=None, start=0, count=None, experts=None, segments=None) -> (hidden [L, width],
-            cache).
+        forward: (params, ids [L] i32, cache=None, start=0, count=None, experts=None, segments=None, gather=None) -> (hidden
+            [L, width], cache).
             ids are the tokens at positions start .. start + count - 1; entries from `count` (default L) on are padding, which
             leaves no trace in the cache and whose hidden rows mean nothing. Without a cache: a whole sequence from position
             0, the form for training and scoring, and the cache returned is None. With one: as many further tokens as given.
@@ -34,6 +36,8 @@ class LanguageModel(NamedTuple):
             where they are not concrete.
             segments: [L] i32 packs several sequences into one row, without a cache: neighbours of equal number are one
             sequence from its position 0 on, which sees nothing of the others; numbers must not return. -1 is padding.
+            gather: (name of an entry of the parameters, what it holds) -> that, put together, where devices hold parts of
+            layers' parameters: done where a layer uses them, and again for its gradient. Other entries have to be whole.
         routed: as forward, -> (hidden, cache, experts [layers, L, k] i32): also which experts were used, -1 in layers without.
             None for models without experts.
         head: (params, hidden [..., width]) -> logits [..., vocab], f32 (f64 for an f64 model).
@@ -76,6 +80,31 @@ def check_segments(ids: jax.Array, segments: jax.Array, cache: Cache | None) -> 
         raise ValueError(f"segments must have one number per token, {jnp.shape(ids)}; got shape {jnp.shape(segments)}")
     if cache is not None:
         raise ValueError("packed rows have no cache: leave out either the cache or the segments")
+
+
+def is_layer(name: str) -> bool:
+    """Whether this entry of the parameters is of layers."""
+    return name == _STACK or name.startswith("layer_")
+
+
+def layer_class(layer: type[nn.Module], config: Any, gather: Gather | None, name: str = _STACK) -> type[nn.Module]:
+    """A layer's module, whose gradient makes again what the configuration says, and the parameters that `gather` puts together.
+
+    Args:
+        config: with `remat` and `scan_layers`.
+        gather: see `LanguageModel.forward`.
+        name: of the layer's entry in the parameters.
+    """
+    if gather is not None:
+        together = lambda variables: variables | {"params": gather(name, variables["params"])}
+        layer = nn.map_variables(layer, "params", trans_in_fn=together)
+    elif not config.remat:
+        return layer
+    return nn.remat(layer, prevent_cse=not config.scan_layers, policy=None if config.remat else _but_for_gathered)
+
+
+def _but_for_gathered(primitive, *args, **params) -> bool:
+    return primitive.name != "all_gather"
 
 
 def stack_layers(params: Params) -> Params:

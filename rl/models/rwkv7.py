@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from rl.models import delta
-from rl.models.language import LanguageModel, check_segments, segment_starts, stacked_rules
+from rl.models.language import Gather, LanguageModel, check_segments, layer_class, segment_starts, stacked_rules
 
 _DTYPES = ("float32", "bfloat16", "float64")
 _NORM_EPSILON = 1e-5
@@ -72,14 +72,15 @@ def build(config: RWKV7Config) -> LanguageModel:
     module = RWKV7(config)
     start_up = lambda key: module.init(key, jnp.zeros(1, jnp.int32), method="whole")["params"]
 
-    def forward(params, ids, cache=None, start=0, count=None, experts=None, segments=None):
+    def forward(params, ids, cache=None, start=0, count=None, experts=None, segments=None, gather=None):
         del start  # the state knows what came before
         if segments is not None:
             check_segments(ids, segments, cache)
         if experts is not None:
             raise ValueError("experts can only be forced in a mixture of experts; this model has none: leave them out")
         state = empty(config, 0) if cache is None else cache
-        hidden, state = module.apply({"params": params}, ids, state, len(ids) if count is None else count, segments)
+        count = len(ids) if count is None else count
+        hidden, state = RWKV7(config, gather).apply({"params": params}, ids, state, count, segments)
         return hidden, None if cache is None else state
 
     return LanguageModel(
@@ -110,21 +111,23 @@ class RWKV7(nn.Module):
     """Embedding and its norm, layers, final norm and head."""
 
     config: RWKV7Config
+    gather: Gather | None = None
 
     def setup(self):
         """Makes the parts."""
         c = self.config
         self.embed = nn.Embed(c.vocab, c.width, c.dtype, c.dtype, embedding_init=nn.initializers.normal(0.02))
         self.norm0, self.norm = LayerNorm(c), LayerNorm(c)
-        layer = nn.remat(Layer, prevent_cse=not c.scan_layers) if c.remat else Layer
         if c.scan_layers:
             scanned = nn.scan(
-                layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers,
+                layer_class(Layer, c, self.gather), variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers,
                 in_axes=(0, 0, nn.broadcast, nn.broadcast), out_axes=0,
             )  # fmt: skip
             self.layers = scanned(c, mixes_values=True)
         else:
-            self.layer = [layer(c, mixes_values=i > 0) for i in range(c.layers)]
+            self.layer = [
+                layer_class(Layer, c, self.gather, f"layer_{i}")(c, mixes_values=i > 0) for i in range(c.layers)
+            ]
         self.head = Head(c)
 
     def __call__(self, ids, cache, count, segments=None):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from rl.models.attention import attend, attend_whole, store
 from rl.models.experts import Experts, check_forced
-from rl.models.language import LanguageModel, check_segments, segment_positions, stacked_rules
+from rl.models.language import Gather, LanguageModel, check_segments, layer_class, segment_positions, stacked_rules
 from rl.models.rope import Rope, rotate, rotation
 
 _DTYPES = ("float32", "bfloat16", "float64")
@@ -92,19 +92,19 @@ def build(config: TransformerConfig) -> LanguageModel:
     module = Transformer(config)
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros(1, jnp.int32), method="whole")["params"])
 
-    def routed(params, ids, cache=None, start=0, count=None, experts=None, segments=None):
+    def routed(params, ids, cache=None, start=0, count=None, experts=None, segments=None, gather=None):
         count = len(ids) if count is None else count
         if segments is not None:
             check_segments(ids, segments, cache)
             _check_packable(config, len(ids))
         if experts is not None:
             check_forced(experts, config.experts, (config.layers, len(ids), config.experts_per_token))
-        return module.apply({"params": params}, ids, cache, start, count, experts, segments)
+        return Transformer(config, gather).apply({"params": params}, ids, cache, start, count, experts, segments)
 
-    def forward(params, ids, cache=None, start=0, count=None, experts=None, segments=None):
+    def forward(params, ids, cache=None, start=0, count=None, experts=None, segments=None, gather=None):
         if experts is not None and not config.experts:
             raise ValueError("experts can only be forced in a mixture of experts; this model has none: leave them out")
-        return routed(params, ids, cache, start, count, experts, segments)[:2]
+        return routed(params, ids, cache, start, count, experts, segments, gather)[:2]
 
     return LanguageModel(
         config=config,
@@ -137,20 +137,20 @@ class Transformer(nn.Module):
     """Embedding, layers, final norm and head."""
 
     config: TransformerConfig
+    gather: Gather | None = None
 
     def setup(self):
         """Makes the parts."""
         c = self.config
         self.embed = nn.Embed(c.vocab, c.width, c.dtype, c.dtype, embedding_init=nn.initializers.normal(0.02))
-        layer = nn.remat(Layer, prevent_cse=not c.scan_layers) if c.remat else Layer
         if c.scan_layers:
             scanned = nn.scan(
-                layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers,
+                layer_class(Layer, c, self.gather), variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers,
                 in_axes=(nn.broadcast, 0, 0), out_axes=0,
             )  # fmt: skip
             self.layers = scanned(c, c.experts > 0)
         else:
-            self.layer = [layer(c, c.sparse(i)) for i in range(c.layers)]
+            self.layer = [layer_class(Layer, c, self.gather, f"layer_{i}")(c, c.sparse(i)) for i in range(c.layers)]
         self.norm = RMSNorm(c)
         if not c.tied:
             self.head = Kernel((c.width, c.vocab), c.dtype)

@@ -4,15 +4,21 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
+from eggroll import sharding
+from rl import estimate as estimates
 from rl import mesh as meshes
 from rl.learners import gradient
 from rl.learners.settings import Settings
+from rl.models.presets import make
 from rl.objectives.presets import PRESETS
+from tests.rl import batches
 from tests.rl.learners.toy import PROMPTS, SEED, SHAPE, STOP, G, answers, optimizer, start
-from tests.rl.models.tiny import close, trees_close
+from tests.rl.models.tiny import SHAPES, close, random_params, trees_close
 
 GRPO = Settings(PRESETS["grpo"].objective, "group_std", minibatches=2)
 
@@ -52,6 +58,69 @@ def test_a_step_of_grpo_does_not_depend_on_the_devices(sizes):
     before = jax.tree.map(lambda x: x.sharding, state)
     after, _ = method.learn(state, answers(1), None)
     assert jax.tree.all(jax.tree.map(lambda x, old: x.sharding.is_equivalent_to(old, x.ndim), after, before))
+
+
+@functools.cache
+def stacked(name, remat):
+    """(model, parameters) with layers to scan over."""
+    model = make(dataclasses.replace(SHAPES[name], scan_layers=True, remat=remat))
+    return model, random_params(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "remat"), [("one-kv-head", True), ("moe", False), ("rwkv7", False)])
+def test_what_fsdp_puts_together_layer_by_layer_is_what_was_divided(name, remat):
+    model, params = stacked(name, remat)
+    mesh, batch = meshes.make({"data": 2, "fsdp": 4}), batches.made()
+    placed = meshes.place(mesh, params)
+
+    def results(params, mesh=None):
+        made, sample = estimates.estimate(model, params, batch, PRESETS["grpo"].objective, mesh=mesh)
+        scores = estimates.completion_scores(model, params, batch, mesh=mesh)
+        return made.gradient, sample.log_weight, scores, estimates.norms(model, params, batch, mesh=mesh)
+
+    got, want = jax.jit(functools.partial(results, mesh=mesh))(placed), jax.jit(results)(params)
+    trees_close(got, want, 1e-5)
+    lies = jax.tree.map(lambda x: x.sharding, placed)
+    assert jax.tree.all(jax.tree.map(lambda x, like: x.sharding.is_equivalent_to(like, x.ndim), got[0], lies))
+    assert 5 < len(meshes.parts(mesh, params)) < len(jax.tree.leaves(params))
+
+
+def test_gradients_of_parts_are_summed_in_f32():
+    mesh = meshes.make({"fsdp": 8})
+    factors = 1 + np.arange(8, dtype=np.float32) / 128  # bf16 numbers, whose sums bf16 would round on the way: to 8
+    together = lambda x: meshes.gatherer({"head/kernel": -1})("head", {"kernel": x})["kernel"]
+
+    def own(device, x):
+        return jax.grad(lambda x: jnp.sum(together(x) * jnp.asarray(factors)[device]))(x), together(x)
+
+    x, cut = jnp.arange(16, dtype=jnp.bfloat16).reshape(1, 16), PartitionSpec(None, "fsdp")
+    gradient, whole = sharding.per_device(own, mesh, ("fsdp",), (cut,), (cut, PartitionSpec()))(x)
+    np.testing.assert_array_equal(whole, x)
+    np.testing.assert_array_equal(gradient, np.full((1, 16), jnp.bfloat16(factors.sum())))
+    assert meshes.gatherer({}) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "remat"), [("llama", True), ("llama", False), ("rwkv7", True)])
+def test_fsdp_divides_what_a_gradient_takes(name, remat):
+    config = dataclasses.replace(SHAPES[name], layers=12, width=128, scan_layers=True, remat=remat)
+    model = make(config if name == "rwkv7" else dataclasses.replace(config, hidden=256, head_dim=32))
+    shapes, batch = jax.eval_shape(model.init, jax.random.key(0)), batches.made()
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+
+    def temporary(**sizes):
+        mesh = meshes.make(sizes)
+        lies = sharding.shardings(mesh, meshes.LAYOUT, shapes)
+        params = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, lies)
+        gradient = lambda params: (
+            estimates.estimate(model, params, batch, PRESETS["grpo"].objective, mesh=mesh)[0].gradient
+        )
+        return jax.jit(gradient).lower(params).compile().memory_analysis().temp_size_in_bytes / size
+
+    own, whole = temporary(fsdp=8), temporary(data=8)
+    assert whole > 1  # one micro-batch's gradient at least
+    assert own < (0.4 if remat else 0.7) * whole  # without remat a device keeps its activations as before
 
 
 def test_meshes_from_sizes():
