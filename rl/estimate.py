@@ -110,15 +110,15 @@ def completion_scores(
 ) -> tuple[Array, Array]:
     """`completion_logp` of all micro-batches, ([M, n, L], [M, n, L]): what proximal and reference policies think."""
 
+    divided = parts(mesh, params)
+    score = functools.partial(completion_logp, model, temperature=temperature, block=block, gather=gatherer(divided))
+
     def run(params, batch):
-        one = lambda m: completion_logp(
-            model, params, _take(batch, m), temperature=temperature, block=block, gather=gatherer(divided)
-        )
+        one = lambda m: score(params, _take(batch, m))
         put = lambda m, out: jax.tree.map(lambda every, part: every.at[m].set(part), out, one(m))
         empty = jax.tree.map(lambda x: jnp.zeros((len(batch.ids), *x.shape), x.dtype), jax.eval_shape(one, 0))
         return (), (), (), lax.fori_loop(0, batch.used, put, empty)
 
-    divided = parts(mesh, params)
     return over_micro_batches(mesh, run, params, batch, divided=divided)[3]
 
 
@@ -130,7 +130,7 @@ def estimate(
     *,
     temperature: float | Array = 1.0,
     block: int | None = None,
-    merge: Callable[[Any], Params] = lambda params: params,
+    merge: Callable[[Any], Params] | None = None,
     credit: Callable[[TrainBatch, Array], Credit] | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Estimate, Sample]:
@@ -143,7 +143,8 @@ def estimate(
         objective: see `rl.objectives.policy_gradient`.
         temperature: at which the completions were sampled.
         block: see `completion_logp`.
-        merge: params -> the model's parameters, applied in every micro-batch (see `rl.lora.merge`).
+        merge: params -> the model's parameters, applied in every micro-batch (see `rl.lora.merge`), to whole arrays; None: they
+            are `params`, and what `fsdp` divides is put together layer by layer.
         credit: (micro-batch, logp) -> what the objective sees, where that depends on the policy; None: `credit_of`.
         mesh: of `rl.mesh`: its devices take micro-batches in turn, and the gradient lies as the parameters do.
 
@@ -155,16 +156,16 @@ def estimate(
         ValueError: a batch without credit, or one the objective cannot use.
     """
     _check(batch)
+    divided = {} if merge else parts(mesh, params)
+    score = functools.partial(completion_logp, model, temperature=temperature, block=block, gather=gatherer(divided))
 
     def numerator(params, micro):
-        logp, entropy = completion_logp(
-            model, merge(params), micro, temperature=temperature, block=block, gather=gatherer(divided)
-        )
+        logp, entropy = score(merge(params) if merge else params, micro)
         seen = credit_of(micro) if credit is None else credit(micro, logp)
         out = loss(objective, logp, entropy, seen)
         return out.numerator, out
 
-    divided, differentiate = parts(mesh, params), jax.grad(numerator, has_aux=True)
+    differentiate = jax.grad(numerator, has_aux=True)
 
     def run(params, batch):
         def one(m, carry):

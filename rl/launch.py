@@ -48,6 +48,7 @@ def launch(
         logging.getLogger("kernels").setLevel(logging.INFO)
     try:
         result = train(config, workdir, tensorboard)
+        meshes.agreed(0)  # a device that has not met its peers yet would hang a process that ends
         if not meshes.is_main():
             raise SystemExit(0)
         return workdir, result

@@ -2,15 +2,16 @@
 
 * `population`: members of a population are divided over it;
 * `data`: sequences of a gradient, slots of the rollout engine, and members too;
-* `fsdp`: as `data`, and parameters and optimizer state are held in parts, put together for each step;
+* `fsdp`: as `data`, and parameters and optimizer state are held in parts;
 * `tensor`: matrices are divided, by columns into a layer and by rows out of it, and computed with in parts.
 
 Results depend on the sizes by rounding alone, and evolution's not at all under the conditions of `eggroll.strategy`.
 
 `fsdp` also divides what a gradient takes: a layer's parameters are put together where they are used, in the forward pass and
 again in the backward pass, and its gradient is summed into parts at once (Zhao et al., PyTorch FSDP, arXiv 2304.11277).
-Embedding and head are put together for each micro-batch. Exceptions, for which every device has all parameters that `tensor`
-leaves it: LoRA, whose base is merged as a whole, VCPO's norms of single sequences, and sampling.
+Embedding and head are put together for each micro-batch; on a CPU also layers that are not stacked, because its compiler keeps
+them for the backward pass. Exceptions, for which every device has all parameters that `tensor` leaves it: LoRA, whose base is
+merged as a whole, VCPO's norms of single sequences, and sampling.
 """
 
 import dataclasses
@@ -273,7 +274,6 @@ def exchanged(value: Any) -> list[Any]:
 
 def on_host(tree: Any) -> Any:
     """Arrays of several processes as NumPy arrays, whole and in each of them, one after the other; others as they are."""
-
     return jax.tree.map(lambda x: x if not isinstance(x, jax.Array) or x.is_fully_addressable else _whole(x), tree)
 
 

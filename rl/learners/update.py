@@ -33,8 +33,9 @@ def update(model, optimizer, settings: Settings, whole, mesh, learning, base, ba
     """
     params, master, opt_state, skipped = learning
     made, sample = estimates.estimate(
-        model, params, batch, settings.objective, temperature=settings.temperature, merge=functools.partial(whole, base),
-        credit=credits.interpolated if settings.proximal == "interpolated" else None, mesh=mesh,
+        model, params, batch, settings.objective, temperature=settings.temperature, mesh=mesh,
+        merge=None if base is None else functools.partial(whole, base),
+        credit=credits.interpolated if settings.proximal == "interpolated" else None,
     )  # fmt: skip
     counted = (batch.counted & batch.mask.any(axis=-1)).reshape(-1)
     log_weight = sample.log_weight.reshape(-1)

@@ -37,7 +37,8 @@ class LanguageModel(NamedTuple):
             segments: [L] i32 packs several sequences into one row, without a cache: neighbours of equal number are one
             sequence from its position 0 on, which sees nothing of the others; numbers must not return. -1 is padding.
             gather: (name of an entry of the parameters, what it holds) -> that, put together, where devices hold parts of
-            layers' parameters: done where a layer uses them, and again for its gradient. Other entries have to be whole.
+            layers' parameters, entries "layers" or "layer_0", "layer_1", ...: done where a layer uses them, and again for
+            its gradient. Other entries have to be whole.
         routed: as forward, -> (hidden, cache, experts [layers, L, k] i32): also which experts were used, -1 in layers without.
             None for models without experts.
         head: (params, hidden [..., width]) -> logits [..., vocab], f32 (f64 for an f64 model).

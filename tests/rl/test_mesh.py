@@ -13,12 +13,12 @@ from eggroll import sharding
 from rl import estimate as estimates
 from rl import mesh as meshes
 from rl.learners import gradient
-from rl.learners.settings import Settings
+from rl.learners.settings import Lora, Settings
 from rl.models.presets import make
 from rl.objectives.presets import PRESETS
 from tests.rl import batches
 from tests.rl.learners.toy import PROMPTS, SEED, SHAPE, STOP, G, answers, optimizer, start
-from tests.rl.models.tiny import SHAPES, close, random_params, trees_close
+from tests.rl.models.tiny import ALL, SHAPES, close, random_params, trees_close
 
 GRPO = Settings(PRESETS["grpo"].objective, "group_std", minibatches=2)
 
@@ -62,16 +62,16 @@ def test_a_step_of_grpo_does_not_depend_on_the_devices(sizes):
 
 @functools.cache
 def stacked(name, remat):
-    """(model, parameters) with layers to scan over."""
-    model = make(dataclasses.replace(SHAPES[name], scan_layers=True, remat=remat))
+    """(model, parameters) with layers to scan over, where they are alike."""
+    model = make(dataclasses.replace(ALL[name], scan_layers=name != "mixed", remat=remat))
     return model, random_params(model)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "remat"), [("one-kv-head", True), ("moe", False), ("rwkv7", False)])
+@pytest.mark.parametrize(("name", "remat"), [("one-kv-head", True), ("mixed", False), ("rwkv7", False)])
 def test_what_fsdp_puts_together_layer_by_layer_is_what_was_divided(name, remat):
     model, params = stacked(name, remat)
-    mesh, batch = meshes.make({"data": 2, "fsdp": 4}), batches.made()
+    mesh, batch = meshes.make({"tensor": 2, "fsdp": 4}), batches.made()
     placed = meshes.place(mesh, params)
 
     def results(params, mesh=None):
@@ -84,6 +84,30 @@ def test_what_fsdp_puts_together_layer_by_layer_is_what_was_divided(name, remat)
     lies = jax.tree.map(lambda x: x.sharding, placed)
     assert jax.tree.all(jax.tree.map(lambda x, like: x.sharding.is_equivalent_to(like, x.ndim), got[0], lies))
     assert 5 < len(meshes.parts(mesh, params)) < len(jax.tree.leaves(params))
+
+
+def test_what_is_merged_first_is_whole():
+    model, params = start()
+    mesh, batch = meshes.make({"fsdp": 8}), batches.made()
+    unit = lambda params: jax.tree.map(
+        lambda x: x / jnp.linalg.norm(x) if x.ndim == 2 else x, params
+    )  # of all of a matrix
+
+    def gradient(params, mesh=None):
+        made, _ = estimates.estimate(model, params, batch, PRESETS["grpo"].objective, merge=unit, mesh=mesh)
+        return made.gradient
+
+    got = jax.jit(functools.partial(gradient, mesh=mesh))(meshes.place(mesh, params))
+    trees_close(got, jax.jit(gradient)(params), 1e-5)
+
+
+@pytest.mark.slow
+def test_adapters_under_fsdp():
+    settings = dataclasses.replace(GRPO, lora=Lora(rank=4, alpha=8.0, pattern="(attention|mlp)/.*kernel"))
+    _, got, _ = steps({"data": 2, "fsdp": 2, "tensor": 2}, settings)
+    _, want, _ = steps(None, settings)
+    trees_close(got.params, want.params, 1e-5)
+    assert not got.base["layer_0"]["mlp"]["up"]["kernel"].sharding.is_fully_replicated
 
 
 def test_gradients_of_parts_are_summed_in_f32():

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from rl import checkpoint
+from rl import mesh as meshes
 from rl.checkpoint import retention
 from tests.rl.checkpoint.test_store import flip
 
@@ -51,7 +51,7 @@ def main() -> None:
             writer.submit(step, state(step), {"by": process})
     assert checkpoint.steps(folder) == [1, 2]  # for everybody, as soon as it is over
     check(checkpoint.restore(folder, state(0.0)))
-    multihost_utils.sync_global_devices("restored")
+    meshes.agreed(0)
     if process == 0:
         place = folder / f"{2:010d}"
         rows = json.loads((place / "meta.json").read_text())["leaves"]["['rows']"]
