@@ -23,9 +23,9 @@ from kernels import token_logprob
 from rl.data import packing
 from rl.data.packing import Shape
 from rl.mesh import gatherer, over_micro_batches, parts, place
-from rl.models.language import Gather, LanguageModel, Params, head_of, is_layer
+from rl.models.language import LanguageModel, Params, head_of, is_layer
 from rl.objectives.policy_gradient import Credit, Objective, loss
-from rl.types import TrainBatch
+from rl.types import Gather, TrainBatch
 
 _CPU_BLOCK, _BLOCK = 128, 1024
 

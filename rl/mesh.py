@@ -33,8 +33,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from eggroll import sharding
 from eggroll.noise import path_name
-from rl.models.language import Gather
-from rl.types import TrainBatch
+from rl.types import Gather, TrainBatch
 
 AXES = ("population", "data", "fsdp", "tensor")
 SPREAD = AXES[:3]  # what members, sequences and slots are divided over

@@ -5,12 +5,13 @@ N rows, P tokens of the longest prompt, L tokens of the longest completion; arra
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import jax
 import numpy as np
 
+Gather = Callable[[str, Any], Any]  # puts parameters together, see `rl.models.language.LanguageModel`
 ABORTED, STOPPED, LENGTH = 0, 1, 2  # why a row ended: it did not (interrupted), a stop token, its budget
 FINISHES = ("aborted", "stopped", "length")
 

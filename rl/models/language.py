@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from kernels import token_logprob
+from rl.types import Gather
 
 Params = dict[str, Any]
 Cache = Any
-Gather = Callable[[str, Any], Any]  # see `LanguageModel.forward`
 _STACK = "layers"
 
 

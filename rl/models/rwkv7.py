@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from rl.models import delta
-from rl.models.language import Gather, LanguageModel, check_segments, layer_class, segment_starts, stacked_rules
+from rl.models.language import LanguageModel, check_segments, layer_class, segment_starts, stacked_rules
+from rl.types import Gather
 
 _DTYPES = ("float32", "bfloat16", "float64")
 _NORM_EPSILON = 1e-5

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from rl.models.attention import attend, attend_whole, store
 from rl.models.experts import Experts, check_forced
-from rl.models.language import Gather, LanguageModel, check_segments, layer_class, segment_positions, stacked_rules
+from rl.models.language import LanguageModel, check_segments, layer_class, segment_positions, stacked_rules
 from rl.models.rope import Rope, rotate, rotation
+from rl.types import Gather
 
 _DTYPES = ("float32", "bfloat16", "float64")
 
