@@ -197,7 +197,7 @@ def over_micro_batches(
 
     def own(device, params, batch, used):
         batch = jax.tree.map(lambda x: x[0], batch)
-        # as many on every device: programs with the compiler's own exchanges, over `tensor`, must go in step
+        # as many on every device: exchanges over `fsdp`, and the compiler's own over `tensor`, must go in step
         gradient, added, largest, each = run(params, dataclasses.replace(batch, used=-(-used // devices)))
         each = jax.tree.map(lambda x: x[None], each)
         others = lambda path: [axis for axis in SPREAD if axis != "fsdp" or path_name(path) not in divided]
