@@ -34,8 +34,8 @@ from configs.base import mesh, optimizer, pick
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """The recipe: pairs (default), as few or many as 64, 512 or 16,384 members, long, crossed, momentum, faithful, or backprop
-    with sgd or adamw."""
+    """The recipe: pairs (default), 64, 512 or 16,384 of them, long, long_16384, crossed, momentum, faithful, or backprop by sgd
+    or adamw."""
     return pick(
         variant,
         {
@@ -44,6 +44,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             "pairs_512": lambda: _integer(members=512),
             "pairs_16384": lambda: _integer(members=16384),
             "long": lambda: _lasting(2000, _integer()),
+            "long_16384": lambda: _lasting(750, _integer(members=16384)),
             "crossed": lambda: _integer(population="crossed"),
             "momentum": lambda: _integer(momentum=3),
             "faithful": _faithful,
@@ -65,7 +66,7 @@ def _integer(**changes: object) -> ml_collections.ConfigDict:
         "noise": "gaussian",
         "momentum": 0,
         "faithful": False,
-        "chunk": 1024,
+        "chunk": 256,
     }
     config.es = ml_collections.ConfigDict(defaults | changes)
     config.mesh = mesh()

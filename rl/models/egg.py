@@ -82,12 +82,23 @@ def state(config: EggConfig, rows: int, dtype=jnp.int8) -> Array:
     return jnp.zeros((rows, config.layers, config.width), dtype)
 
 
-def step(config: EggConfig, weights: Any, state: list[Array], token: Array, arithmetic: ModuleType = integers):
+def stack(weights: Any) -> Any:
+    """Weights whose blocks are one, "blocks", with a leading axis L, for a loop over layers.
+
+    Written out, the layers are one chain of cheap operations, which XLA for CPUs computes anew in every place that reads from
+    it: time then grows with the square of L.
+    """
+    blocks = [weights[f"block_{i}"] for i in range(sum(name.startswith("block_") for name in weights))]
+    rest = {name: weights[name] for name in ("embed", "head", "norm")}
+    return rest | {"blocks": jax.tree.map(lambda *xs: jnp.stack(xs), *blocks)}
+
+
+def step(config: EggConfig, weights: Any, state: Array, token: Array, arithmetic: ModuleType = integers):
     """One byte of every row.
 
     Args:
-        weights: as from `init`; of a member, matrices may be `eggroll.integer.Perturbed`.
-        state: L arrays [M, D].
+        weights: from `stack`, of those from `init`; of a member, matrices may be `eggroll.integer.Perturbed`.
+        state: [L, M, D].
         token: integers [M]; before a 0, the separator of documents, the state is cleared.
 
     Returns:
@@ -95,15 +106,15 @@ def step(config: EggConfig, weights: Any, state: list[Array], token: Array, arit
     """
     ops, product = arithmetic, functools.partial(arithmetic.product, faithful=config.faithful)
     known = (token != 0)[:, None]
-    x, after = ops.row(weights["embed"], token), []
-    for i, old in enumerate(state):
-        block = weights[f"block_{i}"]
-        new = recurrent(
-            ops, product, block["recurrent"], ops.norm(x, block["norm_1"]), jnp.where(known, old, jnp.zeros_like(old))
-        )
+
+    def layer(x, one):
+        block, old = one
+        past = jnp.where(known, old, jnp.zeros_like(old))
+        new = recurrent(ops, product, block["recurrent"], ops.norm(x, block["norm_1"]), past)
         x = ops.add(x, new)
-        x = ops.add(x, product(block["down"], product(block["up"], ops.norm(x, block["norm_2"]))))
-        after.append(new)
+        return ops.add(x, product(block["down"], product(block["up"], ops.norm(x, block["norm_2"])))), new
+
+    x, after = lax.scan(layer, ops.row(weights["embed"], token), (weights["blocks"], state))
     return product(weights["head"], ops.norm(x, weights["norm"])), after
 
 
@@ -141,6 +152,7 @@ def log_likelihood(
         (scalar, state after the last byte): int32 and int8.
     """
     likelihood = arithmetic.log_likelihood if likelihood is None else likelihood
+    weights = stack(weights)
 
     def one(carry, tokens):
         state, total = carry
@@ -148,13 +160,12 @@ def log_likelihood(
         logits, state = step(config, weights, state, token, arithmetic)
         return (state, total + jnp.sum(likelihood(logits, target))), None
 
-    layers = [state[:, i] for i in range(config.layers)]
     score = jax.eval_shape(
         likelihood, jax.ShapeDtypeStruct((1, VOCAB), state.dtype), jax.ShapeDtypeStruct((1,), jnp.int32)
     )
     nothing = jnp.zeros((), score.dtype)
-    (layers, total), _ = lax.scan(one, (layers, nothing), (inputs.T, targets.T))
-    return total, jnp.stack(layers, 1)
+    (layers, total), _ = lax.scan(one, (state.swapaxes(0, 1), nothing), (inputs.T, targets.T))
+    return total, layers.swapaxes(0, 1)
 
 
 def sample(config: EggConfig, params: Any, key: Array, rows: int, length: int, prompt: Array | None = None) -> Array:
@@ -166,17 +177,18 @@ def sample(config: EggConfig, params: Any, key: Array, rows: int, length: int, p
         prompt: integers [bytes], without the separator that comes first; None: none.
     """
     prompt = jnp.zeros(0, jnp.int32) if prompt is None else jnp.asarray(prompt, jnp.int32)
+    weights = stack(params)
 
     def one(carry, inputs):
         layers, token = carry
         number, forced = inputs
-        logits, layers = step(config, params, layers, token)
+        logits, layers = step(config, weights, layers, token)
         total = jnp.cumsum(integers.exp2(logits.astype(jnp.int32) + 128), -1)
         place = jax.random.randint(jax.random.fold_in(key, number), (rows, 1), 0, total[:, -1:])
         token = jnp.where(forced < 0, jnp.sum(total <= place, -1), forced)
         return (layers, token), token.astype(jnp.uint8)
 
     forced = jnp.concatenate([prompt, jnp.full(length, -1)])
-    start = [jnp.zeros((rows, config.width), jnp.int8) for _ in range(config.layers)], jnp.zeros(rows, jnp.int32)
+    start = jnp.zeros((config.layers, rows, config.width), jnp.int8), jnp.zeros(rows, jnp.int32)
     _, drawn = lax.scan(one, start, (jnp.arange(len(forced)), forced))
     return drawn.T[:, len(prompt) :]

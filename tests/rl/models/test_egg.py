@@ -16,15 +16,15 @@ from tests.eggroll.integer.models import assert_same, for_twin, random_params, r
 def test_logits_and_states_are_those_of_the_twin(layers, width, expansion, faithful):
     config = egg.EggConfig(layers, width, expansion, faithful)
     params, text = random_params(config, layers), np.asarray(random_text(0, 3, 12))
-    step = jax.jit(lambda state, token: egg.step(config, params, state, token))
-    state = [jnp.asarray(np.random.default_rng(i).integers(-127, 128, (3, width)), jnp.int8) for i in range(layers)]
+    step = jax.jit(lambda state, token: egg.step(config, egg.stack(params), state, token))
+    state = jnp.asarray(np.random.default_rng(0).integers(-127, 128, (layers, 3, width)), jnp.int8)
     theirs = [np.stack([np.asarray(layer[row]) for layer in state]) for row in range(3)]
     for token in text.T:
         logits, state = step(state, jnp.asarray(token))
         for row in range(3):
             expected, theirs[row] = twin.token(for_twin(params), theirs[row], int(token[row]), faithful)
             assert_same(logits[row], expected)
-            assert_same(jnp.stack([layer[row] for layer in state]), theirs[row])
+            assert_same(state[:, row], theirs[row])
 
 
 def test_sequences_add_up_and_hand_their_state_on():
@@ -45,12 +45,11 @@ def test_sequences_add_up_and_hand_their_state_on():
 
 def test_a_separator_clears_the_state_before_it_is_read():
     config = egg.EggConfig(layers=2, width=8)
-    params = random_params(config, 2)
-    full = [jnp.full((1, 8), 99, jnp.int8)] * 2
-    empty = [jnp.zeros((1, 8), jnp.int8)] * 2
-    token = lambda n: jnp.asarray([n])
-    assert_same(egg.step(config, params, full, token(0))[0], egg.step(config, params, empty, token(0))[0])
-    assert (egg.step(config, params, full, token(1))[0] != egg.step(config, params, empty, token(1))[0]).any()
+    weights = egg.stack(random_params(config, 2))
+    full, empty = jnp.full((2, 1, 8), 99, jnp.int8), jnp.zeros((2, 1, 8), jnp.int8)
+    logits = lambda state, n: egg.step(config, weights, state, jnp.asarray([n]))[0]
+    assert_same(logits(full, 0), logits(empty, 0))
+    assert (logits(full, 1) != logits(empty, 1)).any()
 
 
 def test_parameters_are_as_many_as_published_and_as_spread():
@@ -81,9 +80,9 @@ def test_the_float_twin_is_the_model_without_rounding():
     params = egg.init(config, jax.random.key(1))
     real = egg_float.from_integers(params)
     token = jnp.asarray([65, 66, 200])
-    state = [jnp.asarray(np.random.default_rng(i).integers(-60, 60, (3, 64)), jnp.int8) for i in range(2)]
-    logits, after = egg.step(config, params, state, token)
-    floats, real_after = egg.step(config, real, [s / 16.0 for s in state], token, egg_float)
+    state = jnp.asarray(np.random.default_rng(0).integers(-60, 60, (2, 3, 64)), jnp.int8)
+    logits, after = egg.step(config, egg.stack(params), state, token)
+    floats, real_after = egg.step(config, egg.stack(real), state / 16.0, token, egg_float)
     assert np.corrcoef(np.asarray(logits).ravel(), np.asarray(floats).ravel())[0, 1] > 0.99
     assert np.abs(np.asarray(after[0]) / 16 - np.asarray(real_after[0])).max() < 0.5
 
@@ -127,7 +126,7 @@ def test_text_is_drawn_with_the_model_s_probabilities():
     params["embed"] = params["embed"] + 16
     params["norm"] = params["norm"] + 16
     params["head"] = params["head"].at[3].set(16)
-    step = egg.step(config, params, [jnp.zeros((1, 16), jnp.int8)], jnp.asarray([7]))[0][0]
+    step = egg.step(config, egg.stack(params), jnp.zeros((1, 1, 16), jnp.int8), jnp.asarray([7]))[0][0]
     assert int(step[3]) == 64 and not step[4:].any()
     drawn = np.asarray(jax.jit(lambda key: egg.sample(config, params, key, 400, 20))(jax.random.key(0)))
     assert drawn.shape == (400, 20) and drawn.dtype == np.uint8
