@@ -154,7 +154,7 @@ def test_jobs_that_fail_and_numbers_of_seeds_that_make_no_sense(tmp_path, capfd,
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system does not tell cores apart")
 def test_jobs_side_by_side_have_cores_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "_CORES", sorted(os.sched_getaffinity(0))[:2])
-    together = threading.Barrier(len(compare._CORES), timeout=20)
+    together = threading.Barrier(len(compare._CORES), timeout=120)
     command = [sys.executable, "-c", "import os; print(*os.sched_getaffinity(0))"]
 
     def run(workdir, config, seed):

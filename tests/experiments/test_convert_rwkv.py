@@ -37,7 +37,7 @@ def pth(torch, tmp_path):
 def test_the_command_converts_what_load_reads(pth, tmp_path):
     target = tmp_path / "converted"
     command = [sys.executable, "-m", "experiments.convert_rwkv", f"--source={pth}", f"--target={target}"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     config = json.loads((target / "config.json").read_text())
     assert {key: config[key] for key in checkpoints.RWKV} == checkpoints.RWKV
@@ -46,7 +46,7 @@ def test_the_command_converts_what_load_reads(pth, tmp_path):
     model, params, _ = load(target)
     assert model is expected[0]
     jax.tree.map(np.testing.assert_array_equal, params, expected[1])
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert again.returncode != 0 and "must not hold a checkpoint already" in again.stderr
 
 

@@ -33,7 +33,7 @@ def test_the_readme_example_goes_from_and_to_where_it_says():
     example = re.search(r"```python\n(import eggroll.*?)```", text, re.DOTALL)[1]
     stated = re.search(r"# of state.params: (\S+) at first, (\S+) now", example)
     example += "print(es.evaluate_mean(es.init(params, jax.random.key(0)), score, batch).mean())"
-    done = subprocess.run([sys.executable, "-c", example], cwd=report.ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", example], cwd=report.ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     last, first = map(float, done.stdout.split())
     assert first == pytest.approx(float(stated[1]), abs=0.005) and last == pytest.approx(float(stated[2]), abs=0.03)
@@ -50,7 +50,7 @@ def test_the_readme_example_of_the_engine_runs():
     example = (
         example.replace('"stories260K"', repr(str(stories))) + "print(members.member.tolist(), members.length.min())"
     )
-    done = subprocess.run([sys.executable, "-c", example], cwd=report.ROOT, capture_output=True, text=True, timeout=180)
+    done = subprocess.run([sys.executable, "-c", example], cwd=report.ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert str(list(range(16))) in done.stdout
 

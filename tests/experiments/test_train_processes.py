@@ -52,7 +52,7 @@ def test_evolution_ends_with_the_bits_of_one_process_after_a_loss_and_a_signal(t
     lines = lambda: metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
     def wait(running, more):
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 300
         while lines() < more:
             assert all(process.poll() is None for process in running) and time.monotonic() < deadline
             time.sleep(0.01)

@@ -28,7 +28,7 @@ def start(count, *commands):
 def ends(running):
     """[(exit status, output, errors)]."""
     try:
-        ended = [process.communicate(timeout=120) for process in running]
+        ended = [process.communicate(timeout=300) for process in running]
     finally:
         for process in running:
             process.kill()

