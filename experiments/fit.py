@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
@@ -59,6 +60,19 @@ def held(tree: Any) -> int:
     lies = lambda x: getattr(x, "sharding", None)
     own = lambda x: math.prod(lies(x).shard_shape(x.shape) if lies(x) else x.shape) * x.dtype.itemsize
     return sum(map(own, jax.tree.leaves(tree)))
+
+
+def anew(make: Callable[[Any], Any], given: Any, made: Any) -> list[Any]:
+    """Those arrays of made = make(given), both from `laid_out`, that are not given ones lying where they lay."""
+    jaxpr = jax.make_jaxpr(make)(given).jaxpr
+    known = dict(zip(jaxpr.invars, jax.tree.leaves(given), strict=True))
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "sharding_constraint" and eqn.invars[0] in known:
+            known[eqn.outvars[0]] = known[eqn.invars[0]]
+    lies = lambda x: getattr(x, "sharding", None)
+    same = lambda a, b: lies(a) == lies(b) or (lies(a) and lies(b) and lies(a).is_equivalent_to(lies(b), a.ndim))
+    kept = lambda var, x: isinstance(var, jax.extend.core.Var) and var in known and same(known[var], x)
+    return [x for var, x in zip(jaxpr.outvars, jax.tree.leaves(made), strict=True) if not kept(var, x)]
 
 
 def taken(compiled: jax.stages.Compiled) -> int:
@@ -128,11 +142,13 @@ def fit(config: ml_collections.ConfigDict, limit: int) -> dict[str, Any]:
 
         def sampling(slots: int) -> int:  # on every device
             settings = dataclasses.replace(setup.settings, slots=slots * devices)
-            return held((state, weights)) + sampling_bytes(setup.model, settings, weights)
+            return held((state, beside)) + sampling_bytes(setup.model, settings, weights)
 
         state = laid_out(mesh, setup.learner.init, params)
         sampled = (lambda state: setup.learner.weights(state)[0]) if evolves else setup.learner.mean
         weights = laid_out(mesh, sampled, state)
+        stale = not evolves and config.gradient.staleness  # then an older policy is taken out of those kept
+        beside = weights if stale else anew(sampled, state, weights)
         tokens = None if evolves else config.gradient.tokens
         slots = config.engine.slots // devices
         return {

@@ -10,7 +10,7 @@ with the model and the objective static; what memory they need is what one micro
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from jax import Array, lax
 from jax.sharding import Mesh
 
 from eggroll import Estimate
+from eggroll.noise import path_name
 from kernels import token_logprob
 from rl.data import packing
 from rl.data.packing import Shape
@@ -113,7 +114,7 @@ def completion_scores(
     divided = parts(mesh, params)
     score = functools.partial(completion_logp, model, temperature=temperature, block=block, gather=gatherer(divided))
 
-    def run(params, batch):
+    def run(params, _, batch):
         one = lambda m: score(params, _take(batch, m))
         put = lambda m, out: jax.tree.map(lambda every, part: every.at[m].set(part), out, one(m))
         empty = jax.tree.map(lambda x: jnp.zeros((len(batch.ids), *x.shape), x.dtype), jax.eval_shape(one, 0))
@@ -130,7 +131,8 @@ def estimate(
     *,
     temperature: float | Array = 1.0,
     block: int | None = None,
-    merge: Callable[[Any], Params] | None = None,
+    base: Any = None,
+    merge: Callable[[Any, Any], Params] | None = None,
     credit: Callable[[TrainBatch, Array], Credit] | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Estimate, Sample]:
@@ -143,8 +145,9 @@ def estimate(
         objective: see `rl.objectives.policy_gradient`.
         temperature: at which the completions were sampled.
         block: see `completion_logp`.
-        merge: params -> the model's parameters, applied in every micro-batch (see `rl.lora.merge`), to whole arrays; None: they
-            are `params`, and what `fsdp` divides is put together layer by layer.
+        base: arrays that `merge` needs and that do not learn.
+        merge: (base, params) -> the model's parameters, applied in every micro-batch (see `rl.lora.attach`); None: they are
+            `params`. What `fsdp` divides is put together layer by layer, but for what `merge` computes with.
         credit: (micro-batch, logp) -> what the objective sees, where that depends on the policy; None: `credit_of`.
         mesh: of `rl.mesh`: its devices take micro-batches in turn, and the gradient lies as the parameters do.
 
@@ -156,26 +159,27 @@ def estimate(
         ValueError: a batch without credit, or one the objective cannot use.
     """
     _check(batch)
-    divided = {} if merge else parts(mesh, params)
+    whole = merge or (lambda base, params: params)
+    divided = _left_in_parts(whole, base, params, parts(mesh, params if merge is None else base))
     score = functools.partial(completion_logp, model, temperature=temperature, block=block, gather=gatherer(divided))
 
-    def numerator(params, micro):
-        logp, entropy = score(merge(params) if merge else params, micro)
+    def numerator(params, base, micro):
+        logp, entropy = score(whole(base, params), micro)
         seen = credit_of(micro) if credit is None else credit(micro, logp)
         out = loss(objective, logp, entropy, seen)
         return out.numerator, out
 
     differentiate = jax.grad(numerator, has_aux=True)
 
-    def run(params, batch):
+    def run(params, base, batch):
         def one(m, carry):
             sums, maxima, log_weight = carry
-            part, out = differentiate(params, _take(batch, m))
+            part, out = differentiate(params, base, _take(batch, m))
             add = functools.partial(jax.tree.map, lambda total, x: total + x.astype(total.dtype))
             sums = add(sums, (part, out.denominator, out.metrics))
             return sums, jax.tree.map(jnp.maximum, maxima, out.maxima), log_weight.at[m].set(out.log_weight)
 
-        shapes = jax.eval_shape(lambda: numerator(params, _take(batch, 0))[1])
+        shapes = jax.eval_shape(lambda: numerator(params, base, _take(batch, 0))[1])
         zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype))
         log_weight = jnp.zeros((len(batch.ids), *shapes.log_weight.shape), shapes.log_weight.dtype)
         start = (wide_zeros(params), zeros(shapes.denominator), zeros(shapes.metrics)), zeros(shapes.maxima), log_weight
@@ -183,7 +187,7 @@ def estimate(
         return gradient, sums, maxima, log_weight
 
     gradient, (denominator, metrics), maxima, log_weight = over_micro_batches(
-        mesh, run, params, batch, divided=divided, learns=True
+        mesh, run, params, batch, base=base, divided=divided, learns=True
     )
     gradient, sample = place(mesh, gradient), Sample(log_weight, maxima)
     share = jnp.where(denominator > 0, 1 / jnp.where(denominator > 0, denominator, 1), 0)
@@ -198,7 +202,8 @@ def norms(
     *,
     temperature: float | Array = 1.0,
     block: int | None = None,
-    merge: Callable[[Any], Params] = lambda params: params,
+    base: Any = None,
+    merge: Callable[[Any, Any], Params] = lambda base, params: params,
     mesh: Mesh | None = None,
 ) -> tuple[Array, Array]:
     """|g_i|^2 of the score g_i = grad sum_t logp_it over counted tokens, and the log importance weight, of every sequence.
@@ -213,12 +218,12 @@ def norms(
     """
     _check(batch)
 
-    def run(params, batch):
+    def run(params, base, batch):
         def one(m, out):
             micro = _take(batch, m)
 
             def scores(params):
-                logp, _ = completion_logp(model, merge(params), micro, temperature=temperature, block=block)
+                logp, _ = completion_logp(model, merge(base, params), micro, temperature=temperature, block=block)
                 mask = micro.mask & micro.counted[:, None]
                 weight = jnp.where(mask, lax.stop_gradient(logp) - micro.behaviour, 0).sum(axis=1)
                 return jnp.where(mask, logp, 0).sum(axis=1), weight
@@ -237,7 +242,7 @@ def norms(
         zeros = jnp.zeros(batch.source.shape, jnp.float32)
         return (), (), (), lax.fori_loop(0, batch.used, one, (zeros, zeros))
 
-    return over_micro_batches(mesh, run, params, batch)[3]
+    return over_micro_batches(mesh, run, params, batch, base=base)[3]
 
 
 def activation_bytes(
@@ -246,8 +251,8 @@ def activation_bytes(
     objective: Objective,
     shape: Shape,
     *,
-    merge: Callable[[Any, Any], Params] = lambda base, params: params,
     base: Any = None,
+    merge: Callable[[Any, Any], Params] = lambda base, params: params,
 ) -> int:
     """About the bytes that `estimate` takes beside its arguments and the gradient: for one micro-batch, what its forward pass
     keeps for the backward pass, and the logits of one block.
@@ -256,10 +261,8 @@ def activation_bytes(
     and with remat for the layer made again): compiled programs were seen to take between 0.5 and 2.5 times as much.
 
     Args:
-        model, objective: as `estimate`.
-        params: arrays or shapes.
-        merge: (base, params) -> the model's parameters.
-        base: arrays or shapes that merging needs.
+        model, objective, merge: as `estimate`.
+        params, base: arrays or shapes.
         shape: of the micro-batches; how many there are makes no difference.
     """
 
@@ -273,6 +276,17 @@ def activation_bytes(
     size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
     logits = 4 * min(_block(), shape.rows * shape.capacity) * model.config.vocab
     return max(size(jax.eval_shape(kept, params, base, packing.shapes(shape))) - size((params, base)), 0) + logits
+
+
+def _left_in_parts(
+    merge: Callable[[Any, Any], Params], base: Any, params: Any, divided: Mapping[str, int]
+) -> dict[str, int]:
+    """Of what devices hold in parts, that which `merge` passes on as it is."""
+    named = lambda tree: [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    traced, shapes = jax.make_jaxpr(merge, return_shape=True)(base, params)
+    inputs = list(zip([*named(base), *named(params)], traced.jaxpr.invars, strict=True))
+    before, after = dict(reversed(inputs)), dict(zip(named(shapes), traced.jaxpr.outvars, strict=True))
+    return {name: axis for name, axis in divided.items() if after.get(name) is before[name]}
 
 
 def credit_of(micro: TrainBatch) -> Credit:

@@ -4,17 +4,24 @@ An adapter is a nested dict like the parameters, with {"a", "b"} in place of eac
 are then of the adapter's size, r (in + out) numbers instead of in * out; matrices without an adapter get no gradient at all.
 
     adapter = lora.init(params, rank=8, pattern="attention/.*kernel", key=key)
-    made, sample = estimate(model, adapter, batch, objective, merge=lambda a: lora.merge(params, a, alpha=16))
+    attach = functools.partial(lora.attach, alpha=16)
+    made, sample = estimate(model, adapter, batch, objective, base=params, merge=attach)
+
+Attached to a layer's kernel, an adapter is a product of its own, x W + (alpha / r) (x A) B: the gradient of A and B then never
+makes one of W, which is a third of the products of a step and the memory of a copy of the weights. To sample, and to save,
+adapters are merged into the weights instead.
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rl.models.language import Params
+from rl.models.dense import FACTORS, KERNEL
+from rl.models.language import Params, is_layer
 
 Adapter = dict[str, Any]
 
@@ -77,15 +84,34 @@ def merge(params: Params, adapter: Adapter, alpha: float) -> Params:
     Raises:
         ValueError: an adapter of something the parameters do not have.
     """
+    return _with(params, adapter, alpha, lambda path: False)
+
+
+def attach(params: Params, adapter: Adapter, alpha: float) -> Params:
+    """The model's parameters with the factors beside the kernels of layers, where `rl.models.dense.Dense` finds them.
+
+    Other matrices (embedding, head, experts, RWKV-7's own low-rank maps) are merged. The model's functions take either form.
+    A gradient goes to `params`, too: differentiate with respect to the adapter.
+
+    Args, raises: as `merge`.
+    """
+    return _with(params, adapter, alpha, lambda path: is_layer(path[0]) and path[-1] == KERNEL)
+
+
+def _with(params: Params, adapter: Adapter, alpha: float, beside: Callable[[tuple[str, ...]], bool], path=()) -> Params:
     out = dict(params)
     for name, part in adapter.items():
         if name not in params:
             raise ValueError(f"every adapter needs its matrix; there is no {name!r} among {sorted(params)}")
-        weight = params[name]
+        weight, here = params[name], (*path, name)
         if isinstance(weight, dict):
-            out[name] = merge(weight, part, alpha)
+            out[name] = _with(weight, part, alpha, beside, here)
             continue
-        product = (part["a"] @ part["b"]) * (alpha / part["a"].shape[-1])
+        scale = alpha / part["a"].shape[-1]
+        if beside(here):
+            out |= {FACTORS[0]: part["a"], FACTORS[1]: part["b"] * scale}
+            continue
+        product = (part["a"] @ part["b"]) * scale
         weight = jax.lax.stop_gradient(weight)
         out[name] = (weight.astype(product.dtype) + product).astype(weight.dtype)
     return out

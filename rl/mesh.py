@@ -10,8 +10,8 @@ Results depend on the sizes by rounding alone, and evolution's not at all under 
 `fsdp` also divides what a gradient takes: a layer's parameters are put together where they are used, in the forward pass and
 again in the backward pass, and its gradient is summed into parts at once (Zhao et al., PyTorch FSDP, arXiv 2304.11277).
 Embedding and head are put together for each micro-batch; on a CPU also layers that are not stacked, because its compiler keeps
-them for the backward pass. Exceptions, for which every device has all parameters that `tensor` leaves it: LoRA, whose base is
-merged as a whole, VCPO's norms of single sequences, and sampling.
+them for the backward pass. Exceptions, for which every device has all parameters that `tensor` leaves it: VCPO's norms of
+single sequences, and sampling.
 """
 
 import dataclasses
@@ -168,15 +168,16 @@ def over_micro_batches(
     params: Any,
     batch: TrainBatch,
     *,
+    base: Any = None,
     divided: Mapping[str, int] = MappingProxyType({}),
     learns: bool = False,
 ) -> tuple[Any, Any, Any, Any]:
     """Every device runs its own micro-batches, dealt out in turn; where they run out, empty ones.
 
     Args:
-        run: (params, batch) -> (gradient, what else is added over micro-batches, what is largest, what each has with leading
-            axis M).
-        params: the same on every device, but for those divided.
+        run: (params, base, batch) -> (gradient, what else is added over micro-batches, what is largest, what each has with
+            leading axis M).
+        params, base: the same on every device, but for those divided.
         divided: from `parts`: what `run` sees one part of, on each device, and puts together by `gatherer`.
         learns: whether there is a gradient, summed over micro-batches, like the parameters; else it is ().
 
@@ -184,7 +185,7 @@ def over_micro_batches(
         What `run` returns of the whole batch.
     """
     if mesh is None:
-        return run(params, batch)
+        return run(params, base, batch)
     devices, size = sharding.count(mesh, SPREAD), len(batch.ids)
     padding = -size % devices
 
@@ -195,10 +196,10 @@ def over_micro_batches(
         x = jnp.pad(x, ((0, padding), *((0, 0) for _ in x.shape[1:])), constant_values=nothing)
         return x.reshape(-1, devices, *x.shape[1:]).swapaxes(0, 1)
 
-    def own(device, params, batch, used):
+    def own(device, params, base, batch, used):
         batch = jax.tree.map(lambda x: x[0], batch)
         # as many on every device: exchanges over `fsdp`, and the compiler's own over `tensor`, must go in step
-        gradient, added, largest, each = run(params, dataclasses.replace(batch, used=-(-used // devices)))
+        gradient, added, largest, each = run(params, base, dataclasses.replace(batch, used=-(-used // devices)))
         each = jax.tree.map(lambda x: x[None], each)
         others = lambda path: [axis for axis in SPREAD if axis != "fsdp" or path_name(path) not in divided]
         return (
@@ -213,11 +214,11 @@ def over_micro_batches(
         return PartitionSpec(*("fsdp" if i - x.ndim == axis else None for i in range(x.ndim)))
 
     everywhere, spread = PartitionSpec(), PartitionSpec(SPREAD)
-    lies = jax.tree_util.tree_map_with_path(held, params)
+    lies, base_lies = (jax.tree_util.tree_map_with_path(held, tree) for tree in (params, base))
     results = (lies if learns else everywhere, everywhere, everywhere, spread)
-    mapped = sharding.per_device(own, mesh, SPREAD, (lies, spread, everywhere), results)
+    mapped = sharding.per_device(own, mesh, SPREAD, (lies, base_lies, spread, everywhere), results)
     dealt = jax.tree_util.tree_map_with_path(deal, batch)
-    gradient, added, largest, each = mapped(params, dealt, jnp.asarray(batch.used))
+    gradient, added, largest, each = mapped(params, base, dealt, jnp.asarray(batch.used))
     back = lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:size]
     each = jax.tree.map(lambda x: lax.with_sharding_constraint(back(x), NamedSharding(mesh, everywhere)), each)
     return gradient, added, largest, each

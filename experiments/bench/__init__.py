@@ -29,6 +29,9 @@ compared are compiled, warmed up, and then timed in turn, round after round; a v
   first, and `ours_over_tuned`, one tuned for a CPU (`twins.py` says how). A step is rollout, reward, log-probabilities of the
   reference, and update; each is also timed alone, on fixed samples. `full_over_ours_bytes`: temporary memory that scoring
   with a vocabulary of 32,768 is compiled to use, from logits of all tokens, over ours.
+* adapter: seconds of the gradient of LoRA's factors attached to the weights of a transformer, as the learner has them, over
+  those of factors merged into the weights first (`attached_over_merged`) and of a gradient of all parameters
+  (`attached_over_full`); with the temporary memory that each is compiled to use.
 
 `optimizers`:
 

@@ -13,6 +13,7 @@ from experiments.bench import twins
 from experiments.bench.harness import Row, row, timed_in_turn
 from experiments.bench.language import naive_score
 from rl import estimate as estimates
+from rl import lora
 from rl.data import packing
 from rl.learners import gradient
 from rl.learners.types import Answers
@@ -215,4 +216,35 @@ def scorers(model: LanguageModel, work: Work) -> tuple[dict[str, Callable], dict
     return programs, {"full": (params, ids, np.full(rows, ids.shape[1])), "ours": (params, batch)}
 
 
-CASES = {"grpo_step": grpo_step}
+# -- adapters --------------------------------------------------------------------------------------------------------
+
+
+def adapter(repeats: int, width: int = 256, layers: int = 8, rank: int = 8) -> Iterator[Row]:
+    """One gradient: of adapters attached to the weights, of adapters merged into them, and of all parameters."""
+    work = Work("tiny-transformer", prompts=2, samples=4, prompt=32, completion=96, micro_batch=512)
+    config = preset(work.model, width=width, hidden=4 * width, head_dim=64, layers=layers, scan_layers=True)
+    model, objective = make(config), PRESETS["dr_grpo"].objective
+    params, batch = scorers(model, work)[1]["ours"]
+    mask = np.ones((work.prompts * work.samples, work.completion), bool)
+    batch = batch.credit(mask, np.ones(len(mask)), -np.ones(mask.shape, np.float32))
+    gradient = lambda params, batch, **options: (
+        estimates.estimate(model, params, batch, objective, **options)[0].gradient
+    )
+    of_adapter = lambda form: (
+        lambda factors, base, batch: gradient(factors, batch, base=base, merge=functools.partial(form, alpha=16.0))
+    )
+    programs = {"attached": of_adapter(lora.attach), "merged": of_adapter(lora.merge), "full": gradient}
+    factors = lora.init(params, rank, "layers/(attention|mlp)/.*kernel", jax.random.key(1))
+    operands = dict.fromkeys(programs, (factors, params, batch)) | {"full": (params, batch)}
+    compiled = {name: jax.jit(f).lower(*operands[name]).compile() for name, f in programs.items()}
+    calls = {name: functools.partial(program, *operands[name]) for name, program in compiled.items()}
+    seconds = timed_in_turn(calls, repeats)
+    size = {name: program.memory_analysis().temp_size_in_bytes for name, program in compiled.items()}
+    setting = work._asdict() | {"width": width, "layers": layers, "rank": rank}
+    for other in ("merged", "full"):
+        pair = {name: seconds[name] for name in ("attached", other)}
+        value = pair["attached"] / pair[other]
+        yield row(setting, f"attached_over_{other}", value, pair, repeats, temporary_bytes={n: size[n] for n in pair})
+
+
+CASES = {"grpo_step": grpo_step, "adapter": adapter}

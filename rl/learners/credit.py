@@ -111,7 +111,8 @@ def logit_norms(
     batch: TrainBatch,
     *,
     temperature: float,
-    merge: Callable[[Any], Params],
+    base: Any = None,
+    merge: Callable[[Any, Any], Params] = lambda base, params: params,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """As `rl.estimate.norms`, but with respect to the logits: forward passes alone.
@@ -120,7 +121,7 @@ def logit_norms(
     draws agree, exp(lse(2 z) - 2 lse(z)), is exp(2 log p_T(v) - log p_{T/2}(v)) of any token v. So it costs no more than a
     second normalisation of the same logits.
     """
-    score = lambda t: estimates.completion_scores(model, merge(params), batch, temperature=t, mesh=mesh)[0]
+    score = lambda t: estimates.completion_scores(model, merge(base, params), batch, temperature=t, mesh=mesh)[0]
     logp, halved = jax.vmap(score)(temperature * jnp.array([1.0, 0.5]))
     mask = batch.mask & batch.counted[..., None]
     weight = jnp.where(mask, logp - batch.behaviour, 0).sum(axis=-1)

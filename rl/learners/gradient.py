@@ -88,8 +88,7 @@ def learner(
         ValueError: see `Settings.check`.
     """
     settings.check(samples, shape.longest, model.routed is not None)
-    whole = _whole(settings)
-    merged, whole_on = jax.jit(whole), functools.partial(place, mesh, whole=True)
+    merged, whole_on = jax.jit(_whole(settings, lora.merge)), functools.partial(place, mesh, whole=True)
     step = _Step(model, optimizer, settings, shape, prompts, seed, stop, mesh)
 
     def weights(state: State) -> tuple[Params, int]:
@@ -112,11 +111,11 @@ def learner(
     )
 
 
-def _whole(settings: Settings) -> Callable[[Params | None, Any], Params]:
-    """(base, what learns) -> the model's parameters."""
+def _whole(settings: Settings, form: Callable[..., Params] = lora.attach) -> Callable[[Params | None, Any], Params]:
+    """(base, what learns) -> the model's parameters, with adapters in this form of `rl.lora`."""
     if settings.lora is None:
         return lambda base, params: params
-    return lambda base, params: lora.merge(base, params, settings.lora.alpha)
+    return functools.partial(form, alpha=settings.lora.alpha)
 
 
 def _init(optimizer, settings: Settings, seed: int, mesh: Mesh | None, params: Params) -> State:
@@ -172,9 +171,7 @@ class _Step:
         score = functools.partial(estimates.completion_scores, model, temperature=settings.temperature, mesh=mesh)
         self.score = jax.jit(lambda base, params, batch: score(whole(base, params), batch)[0])
         rule, temperature = credits.NORMS.get(settings.norms), settings.temperature
-        norms = lambda base, *args: rule(
-            model, *args, temperature=temperature, merge=functools.partial(whole, base), mesh=mesh
-        )
+        norms = lambda base, *args: rule(model, *args, temperature=temperature, base=base, merge=whole, mesh=mesh)
         self.norms = jax.jit(norms) if rule and settings.advantage == "minimum_variance" else None
         self.update = jax.jit(functools.partial(update, model, optimizer, settings, whole, mesh), donate_argnums=0)
         self.whole = jax.jit(whole)

@@ -1,7 +1,6 @@
 """One update of a policy-gradient step: packed batch -> estimate -> optimizer, and the measures of several."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -34,7 +33,7 @@ def update(model, optimizer, settings: Settings, whole, mesh, learning, base, ba
     params, master, opt_state, skipped = learning
     made, sample = estimates.estimate(
         model, params, batch, settings.objective, temperature=settings.temperature, mesh=mesh,
-        merge=None if base is None else functools.partial(whole, base),
+        base=base, merge=None if base is None else whole,
         credit=credits.interpolated if settings.proximal == "interpolated" else None,
     )  # fmt: skip
     counted = (batch.counted & batch.mask.any(axis=-1)).reshape(-1)

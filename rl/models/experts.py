@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rl.models.dense import Dense
+
 
 class Experts(nn.Module):
     """sum over the chosen experts e of g_e down_e(silu(gate_e x) * up_e x), g the softmax of the router.
@@ -37,7 +39,7 @@ class Experts(nn.Module):
         where `check_forced` could not see it, comes out NaN.
         """
         width, wide = x.shape[-1], jnp.promote_types(self.dtype, jnp.float32)
-        logits = nn.Dense(self.experts, False, wide, self.dtype, name="router")(x.astype(wide))
+        logits = Dense(self.experts, False, wide, self.dtype, name="router")(x.astype(wide))
         ids = jax.lax.top_k(logits, self.chosen)[1]
         if forced is not None:
             ids = jnp.where(jnp.any(forced < 0, axis=-1, keepdims=True), ids, forced.astype(jnp.int32))

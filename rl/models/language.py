@@ -105,7 +105,8 @@ def layer_class(layer: type[nn.Module], config: Any, gather: Gather | None, name
 
 
 def _but_for_gathered(primitive, *args, **params) -> bool:
-    return primitive.name != "all_gather"
+    # where what is gathered does not learn, the gathering is still the call of a function with a derivative of its own
+    return primitive.name not in ("all_gather", "custom_vjp_call")
 
 
 def stack_layers(params: Params) -> Params:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from rl.models import delta
+from rl.models.dense import Dense
 from rl.models.language import LanguageModel, check_segments, layer_class, segment_starts, stacked_rules
 from rl.types import Gather
 
@@ -217,11 +218,11 @@ def shift(x: Array, carried: Array, count: Array | int, segments: Array | None) 
     return before, jax.lax.dynamic_index_in_dim(line, count, keepdims=False).astype(carried.dtype)
 
 
-def dense(config: RWKV7Config, size: int, name: str, into_residual: bool = False) -> nn.Dense:
+def dense(config: RWKV7Config, size: int, name: str, into_residual: bool = False) -> Dense:
     """[..., in] -> [..., size], no bias; what adds to the residual stream starts smaller by sqrt(2 layers)."""
     variance = 1.0 / (2 * config.layers) if into_residual else 1.0
     start = nn.initializers.variance_scaling(variance, "fan_in", "truncated_normal")
-    return nn.Dense(size, False, config.dtype, config.dtype, kernel_init=start, name=name)
+    return Dense(size, False, config.dtype, config.dtype, kernel_init=start, name=name)
 
 
 class ChannelMix(nn.Module):

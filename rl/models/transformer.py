@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rl.models.attention import attend, attend_whole, store
+from rl.models.dense import Dense
 from rl.models.experts import Experts, check_forced
 from rl.models.language import LanguageModel, check_segments, layer_class, segment_positions, stacked_rules
 from rl.models.rope import Rope, rotate, rotation
@@ -239,11 +240,11 @@ class Layer(nn.Module):
         return (x + out, cache), chosen
 
 
-def dense(config: TransformerConfig, size: int, bias: bool, name: str, into_residual: bool = False) -> nn.Dense:
+def dense(config: TransformerConfig, size: int, bias: bool, name: str, into_residual: bool = False) -> Dense:
     """[..., in] -> [..., size]; what adds to the residual stream starts smaller by sqrt(2 layers)."""
     variance = 1.0 / (2 * config.layers) if into_residual else 1.0
     start = nn.initializers.variance_scaling(variance, "fan_in", "truncated_normal")
-    return nn.Dense(size, bias, config.dtype, config.dtype, kernel_init=start, name=name)
+    return Dense(size, bias, config.dtype, config.dtype, kernel_init=start, name=name)
 
 
 class MLP(nn.Module):

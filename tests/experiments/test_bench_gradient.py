@@ -147,3 +147,12 @@ def test_scoring_a_usual_vocabulary_takes_a_quarter_of_the_memory_and_says_the_s
     batch = operands["ours"][1]
     for full, ours in zip(made["full"], made["ours"], strict=True):
         np.testing.assert_allclose(full[:, 9:], batch.gathered(np.asarray(ours)), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_rows_of_adapters():
+    rows = list(gradient.adapter(1, width=64, layers=2, rank=2))
+    assert [row["measure"] for row in rows] == ["attached_over_merged", "attached_over_full"]
+    for row in rows:
+        attached, other = row["seconds"].values()
+        assert row["value"] == pytest.approx(attached / other, rel=0.02) and all(row["temporary_bytes"].values())

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import fit, train
 from rl import config as config_lib
@@ -47,6 +48,23 @@ def test_what_a_program_takes():
     assert fit.taken(fresh) == 4 * 256**2 and fit.taken(over) == 0
 
 
+def test_what_is_passed_on_is_not_held_twice():
+    mesh = meshes.make({"fsdp": 8})
+    lying = lambda spec: jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+    given = {"whole": lying(()), "cut": lying(("fsdp",)), "other": lying(())}
+
+    def make(tree):
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        whole = {name: jax.lax.with_sharding_constraint(x, everywhere) for name, x in tree.items()}
+        return whole | {"other": whole["other"] + 1, "number": jnp.float32(1)}
+
+    made = fit.laid_out(mesh, make, given)
+    again = fit.anew(make, given, made)
+    assert fit.held(again) == 2 * 64 * 64 * 4 + 4  # "cut", put together, "other", computed, and the number
+    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
+    assert fit.anew(lambda tree: tree, plain, plain) == []
+
+
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setitem(presets.PRESETS, "tiny-transformer", SHAPE)
@@ -69,6 +87,8 @@ def test_backprop(tiny):
     config = backprop()
     found = fit.fit(config, 2**21)
     assert found["learning"] > 3 * found["held"]["parameters"]  # with the gradient and two moments
+    stale = fit.fit(backprop("gradient.staleness=1"), 2**21)  # the one older policy is kept, and taken out to sample
+    assert stale["sampling"] == pytest.approx(found["sampling"] + 2 * found["held"]["parameters"], rel=0.01)
     assert 8 <= found["slots"] <= 2 * config.samples and found["tokens"] in (64, 128, 256, 512, 1024)
 
 

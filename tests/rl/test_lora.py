@@ -1,15 +1,21 @@
 """Adapters by hand, against the full gradient, and in training."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rl import lora
+from rl.data.packing import Shape, micro_batches
 from rl.estimate import estimate
+from rl.models.dense import Dense
+from rl.models.presets import make
 from rl.objectives.policy_gradient import Objective
 from tests.rl.batches import made
-from tests.rl.models.tiny import close, prepared
+from tests.rl.models.tiny import ALL, close, prepared
 
 KEY = jax.random.key(4)
 
@@ -48,14 +54,59 @@ def test_its_gradient_is_the_chain_rule_through_the_full_one():
         adapter = lora.init(params, 3, "attention/.*kernel", KEY)
         adapter = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(KEY, x.shape, x.dtype), adapter)
         batch, objective = made(), Objective(low=0.2, high=0.2)
-        merge = lambda a: lora.merge(params, a, alpha=6.0)
-        got = jax.jit(lambda a: estimate(model, a, batch, objective, merge=merge)[0].gradient)(adapter)
-        full = jax.jit(lambda p: estimate(model, p, batch, objective)[0].gradient)(merge(adapter))
+        attach = functools.partial(lora.attach, alpha=6.0)
+        got = jax.jit(lambda a: estimate(model, a, batch, objective, base=params, merge=attach)[0].gradient)(adapter)
+        full = jax.jit(lambda p: estimate(model, p, batch, objective)[0].gradient)(lora.merge(params, adapter, 6.0))
         for layer, name in (("layer_0", "query"), ("layer_1", "out")):
             parts, weight = adapter[layer]["attention"][name]["kernel"], full[layer]["attention"][name]["kernel"]
             assert np.abs(weight).max() > 1e-4
             close(got[layer]["attention"][name]["kernel"]["a"], 2 * weight @ parts["b"].T, 1e-12)
             close(got[layer]["attention"][name]["kernel"]["b"], 2 * parts["a"].T @ weight, 1e-12)
+
+
+EVERY_MATRIX = r"kernel$|embedding$|experts_|time/[wagv][12]$"
+
+
+@pytest.mark.parametrize(
+    ("name", "scan_layers"),
+    [("all-heads", False), ("one-kv-head", True), ("moe", False), ("moe", True), ("rwkv7", False), ("rwkv7", True)],
+)
+def test_attached_is_merged(name, scan_layers):
+    with jax.enable_x64(True):
+        model, params, ids = prepared(name, scan_layers, "float64")
+        adapter = lora.init(params, 2, EVERY_MATRIX, KEY)
+        adapter = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(KEY, x.shape, x.dtype), adapter)
+        attached, merged = lora.attach(params, adapter, 3.0), lora.merge(params, adapter, 3.0)
+        forward = jax.jit(lambda params: model.head(params, model.forward(params, ids)[0]))
+        assert np.abs(forward(merged) - forward(params)).max() > 1e-3
+        close(forward(attached), forward(merged), 1e-12)
+        names = {"/".join(k.key for k in path) for path, _ in jax.tree_util.tree_leaves_with_path(attached)}
+        beside = {name for name in names if name.endswith(("kernel.a", "kernel.b"))}
+        kernels = {name for name in names if name.startswith("layer") and name.endswith("/kernel")}
+        assert beside == {f"{name}.{factor}" for name in kernels for factor in "ab"} and len(kernels) >= 5
+
+
+@pytest.mark.optimised
+def test_attached_takes_no_product_and_no_memory_of_the_weights():
+    config = dataclasses.replace(ALL["llama"], width=256, hidden=1024, head_dim=64, layers=8, scan_layers=True)
+    model = make(config)
+    shape = Shape(128, 4, 4, 64)
+    ids = np.ones((8, 64), np.int32)
+    batch = micro_batches(ids, np.full(8, 64), ids, np.full(8, 64), shape)
+    batch = batch.credit(mask=ids > 0, advantage=np.ones(8), behaviour=-np.ones((8, 64), np.float32))
+    params = jax.eval_shape(model.init, KEY)
+    adapter = jax.eval_shape(lambda params: lora.init(params, 4, "layers/.*kernel", KEY), params)
+
+    def compiled(form):
+        merge = functools.partial(form, alpha=8.0)
+        gradient = lambda a, p: estimate(model, a, batch, Objective(), base=p, merge=merge)[0].gradient
+        return jax.jit(gradient).lower(adapter, params).compile()
+
+    attached, merged = compiled(lora.attach), compiled(lora.merge)
+    assert attached.cost_analysis()["flops"] < 0.75 * merged.cost_analysis()["flops"]
+    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params["layers"]))
+    temporary = lambda program: program.memory_analysis().temp_size_in_bytes
+    assert temporary(merged) - temporary(attached) > weights
 
 
 def test_bf16_weights_have_f32_adapters():
@@ -68,6 +119,16 @@ def test_bf16_weights_have_f32_adapters():
     assert merged["layer_0"]["mlp"]["up"]["kernel"].dtype == jnp.bfloat16
     expected = (weight.astype(jnp.float32) + parts["a"] @ parts["b"]).astype(jnp.bfloat16)
     np.testing.assert_array_equal(merged["layer_0"]["mlp"]["up"]["kernel"], expected)
+    up = lora.attach(params, adapter, 2.0)["layer_0"]["mlp"]["up"]
+    assert up["kernel"] is weight and up["kernel.a"] is parts["a"]
+    dense, x = Dense(weight.shape[1], False, "bfloat16", "bfloat16"), jnp.ones((3, len(weight)), jnp.bfloat16)
+    y = dense.apply({"params": up}, x)
+    assert y.dtype == jnp.bfloat16
+    close(y, x.astype(jnp.float32) @ expected.astype(jnp.float32), 0.02)
+    (gradient,) = jax.grad(lambda a: dense.apply({"params": up | {"kernel.a": a}}, x).sum().astype(jnp.float32), (0,))(
+        parts["a"]
+    )
+    assert gradient.dtype == jnp.float32 and np.abs(gradient).min() > 0
 
 
 @pytest.mark.parametrize(
@@ -91,5 +152,6 @@ def test_an_adapter_of_another_model_is_refused():
     adapter = lora.init(params, 1, "layer_1/mlp", KEY)
     params = jax.tree.map(lambda x: x, params)  # what is prepared is shared by other tests
     del params["layer_1"]["mlp"]["up"]
-    with pytest.raises(ValueError, match="there is no 'up' among"):
-        lora.merge(params, adapter, 1.0)
+    for form in (lora.merge, lora.attach):
+        with pytest.raises(ValueError, match="there is no 'up' among"):
+            form(params, adapter, 1.0)

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 from eggroll import sharding
 from rl import estimate as estimates
+from rl import lora
 from rl import mesh as meshes
 from rl.learners import gradient
 from rl.learners.settings import Lora, Settings
@@ -94,7 +95,9 @@ def test_what_is_merged_first_is_whole():
     )  # of all of a matrix
 
     def gradient(params, mesh=None):
-        made, _ = estimates.estimate(model, params, batch, PRESETS["grpo"].objective, merge=unit, mesh=mesh)
+        made, _ = estimates.estimate(
+            model, params, batch, PRESETS["grpo"].objective, merge=lambda _, params: unit(params), mesh=mesh
+        )
         return made.gradient
 
     got = jax.jit(functools.partial(gradient, mesh=mesh))(meshes.place(mesh, params))
@@ -130,21 +133,26 @@ def test_gradients_of_parts_are_summed_in_f32():
 def test_fsdp_divides_what_a_gradient_takes(name, remat):
     config = dataclasses.replace(SHAPES[name], layers=12, width=128, scan_layers=True, remat=remat)
     model = make(config if name == "rwkv7" else dataclasses.replace(config, hidden=256, head_dim=32))
-    shapes, batch = jax.eval_shape(model.init, jax.random.key(0)), batches.made()
+    shapes, batch, objective = jax.eval_shape(model.init, jax.random.key(0)), batches.made(), PRESETS["grpo"].objective
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
     def temporary(**sizes):
         mesh = meshes.make(sizes)
         lies = sharding.shardings(mesh, meshes.LAYOUT, shapes)
         params = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, lies)
-        gradient = lambda params: (
-            estimates.estimate(model, params, batch, PRESETS["grpo"].objective, mesh=mesh)[0].gradient
+        gradient = lambda params: estimates.estimate(model, params, batch, objective, mesh=mesh)[0].gradient
+        attach = functools.partial(lora.attach, alpha=8.0)
+        of_adapter = lambda factors, base: (
+            estimates.estimate(model, factors, batch, objective, base=base, merge=attach, mesh=mesh)[0].gradient
         )
-        return jax.jit(gradient).lower(params).compile().memory_analysis().temp_size_in_bytes / size
+        factors = jax.eval_shape(lambda x: lora.init(x, 4, "layers/.*kernel", jax.random.key(1)), params)
+        programs = [jax.jit(gradient).lower(params), jax.jit(of_adapter).lower(factors, params)]
+        return [program.compile().memory_analysis().temp_size_in_bytes / size for program in programs]
 
     own, whole = temporary(fsdp=8), temporary(data=8)
-    assert whole > 1  # one micro-batch's gradient at least
-    assert own < (0.4 if remat else 0.7) * whole  # without remat a device keeps its activations as before
+    assert whole[0] > 1  # one micro-batch's gradient at least
+    assert own[0] < (0.4 if remat else 0.7) * whole[0]  # without remat a device keeps its activations as before
+    assert own[1] < whole[1] + 0.3  # no copy of the weights, though no device holds them
 
 
 def test_meshes_from_sizes():

@@ -158,7 +158,7 @@ def test_norms_by_the_logits_are_those_of_full_logits():
     counted = np.arange(len(rows)) != 3
     packed = micro_batches(prompt[rows], length[rows], batch.rollouts.tokens, batch.rollouts.length, toy.SHAPE)
     packed = packed.credit(mask=mask, advantage=np.ones(len(rows)), behaviour=batch.rollouts.logp, counted=counted)
-    norms, weight = credit.logit_norms(model, params, packed, temperature=1.0, merge=lambda p: p)
+    norms, weight = credit.logit_norms(model, params, packed, temperature=1.0)
     mask &= counted[:, None]
     # |onehot - pi|^2 = 1 - 2 pi_t + sum pi^2
     close(packed.gathered(np.asarray(norms)), np.where(mask, 1 - 2 * np.exp(logp) + agree, 0).sum(1), 1e-5)
