@@ -34,8 +34,8 @@ from configs.base import mesh, optimizer, pick
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """The recipe: pairs (default), 64, 512 or 16,384 of them, long, long_16384, crossed, momentum, faithful, or backprop by sgd
-    or adamw."""
+    """The recipe: pairs (default), as few or many as 64, 512 or 16,384 members, long, long_16384, crossed, momentum, faithful,
+    or sgd or adamw by backprop."""
     return pick(
         variant,
         {

@@ -100,7 +100,7 @@ def policy_gradient(
         "kl_convex": False,
         "reincarnation": 0,
         "routing": "none",
-        "lora": {"rank": 0, "alpha": 16.0, "pattern": "kernel"},
+        "lora": {"rank": 0, "alpha": 16.0, "pattern": "layer.*/kernel"},
         "limit": 3,
         "tokens": 1024,
         "remat": False,

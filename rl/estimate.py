@@ -147,7 +147,8 @@ def estimate(
         block: see `completion_logp`.
         base: arrays that `merge` needs and that do not learn.
         merge: (base, params) -> the model's parameters, applied in every micro-batch (see `rl.lora.attach`); None: they are
-            `params`. What `fsdp` divides is put together layer by layer, but for what `merge` computes with.
+            `params`. Of what `fsdp` divides, base's arrays that `merge` passes on as they are, and without one all, are put
+            together layer by layer, others before.
         credit: (micro-batch, logp) -> what the objective sees, where that depends on the policy; None: `credit_of`.
         mesh: of `rl.mesh`: its devices take micro-batches in turn, and the gradient lies as the parameters do.
 
@@ -281,12 +282,14 @@ def activation_bytes(
 def _left_in_parts(
     merge: Callable[[Any, Any], Params], base: Any, params: Any, divided: Mapping[str, int]
 ) -> dict[str, int]:
-    """Of what devices hold in parts, that which `merge` passes on as it is."""
+    """Of what devices hold in parts, that which `merge` passes on as it is; a path is of one of both trees alone."""
     named = lambda tree: [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
     traced, shapes = jax.make_jaxpr(merge, return_shape=True)(base, params)
-    inputs = list(zip([*named(base), *named(params)], traced.jaxpr.invars, strict=True))
-    before, after = dict(reversed(inputs)), dict(zip(named(shapes), traced.jaxpr.outvars, strict=True))
-    return {name: axis for name, axis in divided.items() if after.get(name) is before[name]}
+    names = [*named(base), *named(params)]
+    before = dict(zip(names, traced.jaxpr.invars, strict=True))
+    after = dict(zip(named(shapes), traced.jaxpr.outvars, strict=True))
+    kept = lambda name: after.get(name) is before[name] and names.count(name) == 1
+    return {name: axis for name, axis in divided.items() if kept(name)}
 
 
 def credit_of(micro: TrainBatch) -> Credit:

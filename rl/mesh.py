@@ -11,7 +11,7 @@ Results depend on the sizes by rounding alone, and evolution's not at all under 
 again in the backward pass, and its gradient is summed into parts at once (Zhao et al., PyTorch FSDP, arXiv 2304.11277).
 Embedding and head are put together for each micro-batch; on a CPU also layers that are not stacked, because its compiler keeps
 them for the backward pass. Exceptions, for which every device has all parameters that `tensor` leaves it: VCPO's norms of
-single sequences, and sampling.
+single sequences, sampling, and what LoRA merges (`rl.lora.attach`).
 """
 
 import dataclasses

@@ -87,21 +87,24 @@ def test_what_fsdp_puts_together_layer_by_layer_is_what_was_divided(name, remat)
     assert 5 < len(meshes.parts(mesh, params)) < len(jax.tree.leaves(params))
 
 
-def test_what_is_merged_first_is_whole():
+@pytest.mark.parametrize("of_all", [False, True])
+def test_what_merging_computes_with_is_whole(of_all):
+    """Adapters of embedding and head, which are merged, beside attached ones; and all matrices divided by their norms first."""
     model, params = start()
     mesh, batch = meshes.make({"fsdp": 8}), batches.made()
-    unit = lambda params: jax.tree.map(
-        lambda x: x / jnp.linalg.norm(x) if x.ndim == 2 else x, params
-    )  # of all of a matrix
+    factors = lora.init(params, 2, "embed|head|attention/.*kernel", jax.random.key(3))
+    factors = jax.tree.map(lambda x: x + 0.1, factors)
+    unit = lambda x: x / jnp.linalg.norm(x) if x.ndim == 2 else x
 
-    def gradient(params, mesh=None):
+    def gradient(factors, base, mesh=None):
+        merge = lambda base, factors: lora.attach(jax.tree.map(unit, base) if of_all else base, factors, 4.0)
         made, _ = estimates.estimate(
-            model, params, batch, PRESETS["grpo"].objective, merge=lambda _, params: unit(params), mesh=mesh
+            model, factors, batch, PRESETS["dr_grpo"].objective, base=base, merge=merge, mesh=mesh
         )
         return made.gradient
 
-    got = jax.jit(functools.partial(gradient, mesh=mesh))(meshes.place(mesh, params))
-    trees_close(got, jax.jit(gradient)(params), 1e-5)
+    got = jax.jit(functools.partial(gradient, mesh=mesh))(factors, meshes.place(mesh, params))
+    trees_close(got, jax.jit(gradient)(factors, params), 1e-5)
 
 
 @pytest.mark.slow
