@@ -13,7 +13,8 @@ After 300 steps of 1,600 bytes on one CPU core, seeds 0 and 1 (unigram 4.59, big
     pairs_64      4.858 4.864    15 s      crossed       3.986 4.013   240 s
     pairs_512     4.368 4.408    44 s      adamw         2.844 2.850    17 s
     pairs         3.993 3.976   254 s      sgd           3.373 3.204    17 s
-    pairs_16384   3.679        1064 s      long, 2,000 steps   3.656  1715 s
+    pairs_16384   3.679        1064 s      long, 2,000 steps       3.656  1715 s
+                                           long_16384, 750 steps   3.524  4410 s, on a slower core
 
 Of other settings (`experiments/results/integers_settings.json`), 1,024 members and seed 0, as above 4.23: alpha 1 throughout
 4.37, 0.5 4.28, a decay within 300 steps 4.34, 100 4.54, sigma_shift 3 4.23, 5 4.32, Rademacher noise 4.22, crossed 4.23,

@@ -111,7 +111,7 @@ def pretrain() -> list[str]:
 def integers() -> list[str]:
     """Held-out bits per byte of the integer model and of its twin by backprop."""
     lines = []
-    for config, rows in _by_config("integers").items():
+    for config, rows in (_by_config("integers_long") | _by_config("integers")).items():
         cells = [[row["within"][EARLY] for row in rows], [row["score"] for row in rows]]
         seconds = statistics.median(row["seconds"] for row in rows)
         lines.append(
