@@ -83,11 +83,13 @@ def state(config: EggConfig, rows: int, dtype=jnp.int8) -> Array:
 
 
 def stack(weights: Any) -> Any:
-    """Weights whose blocks are one, "blocks", with a leading axis L, for a loop over layers.
+    """Weights whose blocks are one, "blocks", with a leading axis L, for a loop over layers; stacked ones as they are.
 
     Written out, the layers are one chain of cheap operations, which XLA for CPUs computes anew in every place that reads from
     it: time then grows with the square of L.
     """
+    if "blocks" in weights:
+        return weights
     blocks = [weights[f"block_{i}"] for i in range(sum(name.startswith("block_") for name in weights))]
     rest = {name: weights[name] for name in ("embed", "head", "norm")}
     return rest | {"blocks": jax.tree.map(lambda *xs: jnp.stack(xs), *blocks)}
