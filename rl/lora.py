@@ -7,8 +7,8 @@ are then of the adapter's size, r (in + out) numbers instead of in * out; matric
     attach = functools.partial(lora.attach, alpha=16)
     made, sample = estimate(model, adapter, batch, objective, base=params, merge=attach)
 
-Attached to a layer's kernel, an adapter is a product of its own, x W + (alpha / r) (x A) B. The gradient of A and B then makes
-none of W, which spares a third of the products with weights, and no second copy of them. To sample, and to save, adapters are
+Attached to a layer's kernel, an adapter is a product of its own, x W + (alpha / r) (x A) B. The gradient of A and B then needs
+neither one of W, a third of the products with weights, nor a second copy of the weights. To sample, and to save, adapters are
 merged into the weights instead.
 """
 
