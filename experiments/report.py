@@ -1,4 +1,4 @@
-"""Writes the README's tables from the committed measurements: `python -m experiments.report`."""
+"""Writes the tables of the README and of experiments/results from the measurements: `python -m experiments.report`."""
 
 import json
 import math
@@ -10,6 +10,7 @@ from rl.objectives.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
+DOCUMENTS = (ROOT / "README.md", RESULTS / "README.md")
 BUDGETS = ("seconds:66", "tokens:870000")  # of the comparison on countdown
 EARLY = "tokens:480000"  # of the comparison of integers
 FILES = ("compare", "recipes", "language", "countdown", "frugal", "bandit")  # of the methods
@@ -19,7 +20,83 @@ _FILES = {
     "ppo": "rl/control/ppo.py",
     "backprop": "experiments/pretrain.py",
 }
+# What the README quotes of the bench: in words, the row it is (case, measure, part of its setting), the goal.
+_GOALS = (
+    (
+        "inference alone / perturbed forward pass: width 1,024, 256 members",
+        ("population_forward", "inference_over_forward"),
+        {"width": 1024, "members": 256, "rows": 1, "rank": 1, "design": "crossed", "noise": "gaussian"},
+        "> 0.90",
+    ),
+    (
+        "the same: width 256, 4,096 members",
+        ("population_forward", "inference_over_forward"),
+        {"width": 256, "members": 4096, "rows": 1, "rank": 1, "design": "crossed", "noise": "gaussian"},
+        "> 0.75",
+    ),
+    (
+        "update / forward pass of all members: width 1,024, 256 members",
+        ("es_update", "update_over_forward"),
+        {"width": 1024, "design": "crossed", "noise": "gaussian"},
+        "< 0.50",
+    ),
+    (
+        "the same: width 256, 4,096 members",
+        ("es_update", "update_over_forward"),
+        {"width": 256, "design": "crossed", "noise": "gaussian"},
+        "< 0.30",
+    ),
+    (
+        "a generation of full-rank OpenES / of EGGROLL",
+        ("openes", "openes_over_eggroll"),
+        {"openes_design": "antithetic"},
+        "> 100",
+    ),
+    (
+        "environment steps per second / evosax's OpenES: 3 x 256, 256 members",
+        ("control", "eggroll_over_evosax"),
+        {"hidden": [256, 256, 256], "members": 256},
+        "> 10",
+    ),
+    (
+        "tokens per second of the engine / a plain jitted loop: equal lengths",
+        ("decode", "engine_over_plain"),
+        {"lengths": "equal"},
+        "> 0.9",
+    ),
+    (
+        "the same / static batches: long-tailed lengths, 16 slots",
+        ("decode", "engine_over_static"),
+        {"slots": 16},
+        "> 1.3",
+    ),
+    (
+        "a whole step of GRPO / a tuned hand-written one",
+        ("grpo_step", "ours_over_tuned"),
+        {"part": None},
+        "< 1.0",
+    ),
+    (
+        "a step of FRUGAL / of AdamW: width 2,048, blocks",
+        ("optimizer", "step_over_adamw"),
+        {"width": 2048, "projection": "block"},
+        "< 1.15",
+    ),
+    (
+        "a loop that saves 200 MB at every step of 1.2 s / one that does not",
+        ("checkpoint", "saving_over_plain"),
+        {"state_mb": 200, "way": "writer"},
+        "< 1.10",
+    ),
+    (
+        "the same with Orbax's own asynchronous saves",
+        ("checkpoint", "saving_over_plain"),
+        {"state_mb": 200, "way": "orbax"},
+        "",
+    ),
+)
 _HEADERS = {
+    "headlines": ("ratio inside one run, plain JAX on two CPU cores", "measured", "goal"),
     "methods": ("method", "file", "config", "result: **median** (seeds 0, 1, 2)", "training time"),
     "countdown": ("method", "before", *(f"within {x.replace(':', ' ')}" for x in BUDGETS), "at the end"),
     "staleness": ("method", "k = 0", "k = 4", "k = 16", "k = 64"),
@@ -134,34 +211,53 @@ def _median_of(values: list[float]) -> str:
     return f"**{median}** ({', '.join(each)})"
 
 
+def headlines() -> list[str]:
+    """The measurements that the project has goals for."""
+    rows = _measured()
+    lines = []
+    for words, case, setting, goal in _GOALS:
+        (value,) = (
+            row["value"]
+            for row in rows
+            if (row["case"], row["measure"]) == case and all(row["setting"].get(k) == v for k, v in setting.items())
+        )
+        lines.append(f"| {words} | **{value:.3g}** | {goal} |")
+    return lines
+
+
 def bench() -> list[str]:
     """One row per measurement."""
     lines = []
-    for line in (RESULTS / "bench.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in _measured():
         setting = ", ".join(f"{k} {v}" for k, v in row["setting"].items() if k != "steps_per_second")
         lines.append(f"| {row['case']} | {setting} | {row['measure'].replace('_', ' ')} | {row['value']:.3g} |")
     return lines
 
 
+def _measured() -> list[dict]:
+    return [json.loads(line) for line in (RESULTS / "bench.jsonl").read_text().splitlines()]
+
+
 def tables() -> dict[str, list[str]]:
-    """Name -> rows of every table of the README."""
-    made = (methods, countdown, staleness, selection, pretrain, integers, bench)
+    """Name -> rows of every table."""
+    made = (headlines, methods, countdown, staleness, selection, pretrain, integers, bench)
     return {make.__name__: make() for make in made}
 
 
-def filled(readme: str) -> str:
-    """The README with every table as the measurements have it."""
+def filled(document: str) -> str:
+    """The document with each of its tables as the measurements have it."""
     for table, rows in tables().items():
         # The header stands inside the markers: a comment after it would end the table.
         header = _HEADERS[table]
         rule = "|---" * len(header) + "|"
         lines = (f"<!-- {table} -->", f"| {' | '.join(header)} |", rule, *rows, f"<!-- /{table} -->")
         text = "\n".join(lines)
-        readme = re.sub(rf"<!-- {table} -->.*?<!-- /{table} -->", lambda _, text=text: text, readme, flags=re.DOTALL)
-    return readme
+        document = re.sub(
+            rf"<!-- {table} -->.*?<!-- /{table} -->", lambda _, text=text: text, document, flags=re.DOTALL
+        )
+    return document
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in DOCUMENTS:
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")

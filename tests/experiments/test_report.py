@@ -12,25 +12,35 @@ import pytest
 
 from experiments import report
 
+DOCUMENTS = [path.read_text(encoding="utf-8") for path in report.DOCUMENTS]
+README = DOCUMENTS[0]
 
-def test_the_readme_tables_are_those_of_the_results():
-    text = (report.ROOT / "README.md").read_text(encoding="utf-8")
-    assert report.filled(text) == text
+
+def test_the_tables_are_those_of_the_results():
+    assert [report.filled(text) for text in DOCUMENTS] == DOCUMENTS
     assert len(report.methods()) >= 8 and len(report.bench()) >= 10
 
 
-def test_every_table_is_one_block_of_rows_of_one_width():
-    text = (report.ROOT / "README.md").read_text(encoding="utf-8")
+def test_every_table_is_one_block_of_rows_of_one_width_in_one_document():
     for table, rows in report.tables().items():
+        (text,) = (text for text in DOCUMENTS if f"<!-- {table} -->" in text)
         lines = text.partition(f"<!-- {table} -->\n")[2].partition(f"\n<!-- /{table} -->")[0].splitlines()
         assert lines[2:] == rows and set(lines[1]) == {"|", "-"}
         assert len({line.count("|") for line in lines}) == 1
 
 
+def test_every_link_of_the_documents_leads_somewhere():
+    for path, text in zip(report.DOCUMENTS, DOCUMENTS, strict=True):
+        for target in re.findall(r"\]\(([^)#]+)(#[^)]*)?\)", text):
+            file, anchor = path.parent / target[0], target[1].removeprefix("#")
+            assert file.is_file(), target
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+            assert not anchor or anchor in {re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
 @pytest.mark.slow
 def test_the_readme_example_goes_from_and_to_where_it_says():
-    text = (report.ROOT / "README.md").read_text(encoding="utf-8")
-    example = re.search(r"```python\n(import eggroll.*?)```", text, re.DOTALL)[1]
+    example = re.search(r"```python\n(import eggroll.*?)```", README, re.DOTALL)[1]
     stated = re.search(r"# of state.params: (\S+) at first, (\S+) now", example)
     example += "print(es.evaluate_mean(es.init(params, jax.random.key(0)), score, batch).mean())"
     done = subprocess.run([sys.executable, "-c", example], cwd=report.ROOT, capture_output=True, text=True, timeout=300)
@@ -45,8 +55,7 @@ def test_the_readme_example_of_the_engine_runs():
     stories = Path(os.environ.get("EGGROLL_DATA", report.ROOT.parent / "shared" / "data")) / "stories260K"
     if not stories.is_dir():
         pytest.skip(f"no stories260K in {stories.parent} (set EGGROLL_DATA)")
-    text = (report.ROOT / "README.md").read_text(encoding="utf-8")
-    example = next(e for e in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "generate(" in e)
+    example = next(e for e in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "generate(" in e)
     example = (
         example.replace('"stories260K"', repr(str(stories))) + "print(members.member.tolist(), members.length.min())"
     )
@@ -56,8 +65,7 @@ def test_the_readme_example_of_the_engine_runs():
 
 
 def test_the_readme_example_of_the_losses_runs():
-    text = (report.ROOT / "README.md").read_text(encoding="utf-8")
-    example = next(e for e in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Credit(" in e)
+    example = next(e for e in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "Credit(" in e)
     names = {}
     exec(compile(example, "README.md", "exec"), names)  # noqa: S102 - our own text
     advantage, out = names["advantage"], names["out"]
@@ -66,10 +74,9 @@ def test_the_readme_example_of_the_losses_runs():
 
 
 def test_the_readme_example_of_the_optimizers_runs(capsys):
-    text = (report.ROOT / "README.md").read_text(encoding="utf-8")
     exec(
         compile(
-            next(e for e in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "frugal" in e), "README.md", "exec"
+            next(e for e in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "frugal" in e), "README.md", "exec"
         ),
         {},
     )  # noqa: S102
