@@ -83,8 +83,8 @@ def taken(compiled: jax.stages.Compiled) -> int:
 
 def largest(need: Callable[[int], int], limit: int, start: int, most: int) -> int:
     """The largest of start, its doubles up to the first beyond `most`, and its halves whose `need` is within the limit; 0 if
-    none. Needs are nearly a constant and a multiple of the size, so two of them say where to look; the answer is measured."""
-    need = functools.cache(need)
+    none. Needs are nearly a constant and a multiple of the size, so two of them say where to look; the answer is measured. A
+    size may be asked for again: cache `need`."""
     size, slope = start, max(1.0, (need(start) - need(max(start // 2, 1))) / max(start - start // 2, 1))
     guess = start + (limit - need(start)) / slope
     while size // 2 and size > guess:
@@ -132,6 +132,7 @@ def fit(config: ml_collections.ConfigDict, limit: int) -> dict[str, Any]:
         devices = 1 if mesh is None else sharding.count(mesh, SPREAD)
         rows = max(setup.learner.members, 1) * config.prompts * config.samples
 
+        @functools.cache
         def learning(tokens: int) -> int:
             changed = config.copy_and_resolve_references()
             if not evolves:
@@ -140,6 +141,7 @@ def fit(config: ml_collections.ConfigDict, limit: int) -> dict[str, Any]:
             program = learner.compile(state, rows)
             return held((state, program.args_info[0][-1])) + taken(program)
 
+        @functools.cache
         def sampling(slots: int) -> int:  # on every device
             settings = dataclasses.replace(setup.settings, slots=slots * devices)
             return held((state, beside)) + sampling_bytes(setup.model, settings, weights)

@@ -15,7 +15,6 @@ from experiments.bench.harness import Row, row, timed_in_turn
 from rl.models import egg, egg_float
 
 ALPHA, CHUNK, STREAMS = 0.25, 256, 16
-_STACKED = (("blocks/.*(norm_[12]|b[fh])$", "full"), ("blocks/", "soi"))  # of parameters from `egg.stack`
 
 
 class Size(NamedTuple):
@@ -67,8 +66,8 @@ def int8(size: Size, population: eggroll.Population) -> Programs:
 def float32(size: Size, population: eggroll.Population) -> Programs:
     """The same model and members in f32, with `eggroll.strategy` and plain SGD."""
     config = egg.EggConfig(size.layers, size.width)
-    es = eggroll.strategy(optax.sgd(1e-2), population=population, sigma=2.0**-4, chunk=CHUNK, rules=_STACKED)
-    params = egg.stack(egg_float.from_integers(egg.init(config, jax.random.key(0))))
+    es = eggroll.strategy(optax.sgd(1e-2), population=population, sigma=2.0**-4, chunk=CHUNK)
+    params = egg_float.from_integers(egg.init(config, jax.random.key(0)))
     state = es.init(params, jax.random.key(1))
     carry = jnp.zeros((population.size, 1, 1, size.layers, size.width))
     member = np.arange(population.size) // 2 * STREAMS // population.directions

@@ -83,13 +83,11 @@ def state(config: EggConfig, rows: int, dtype=jnp.int8) -> Array:
 
 
 def stack(weights: Any) -> Any:
-    """Weights whose blocks are one, "blocks", with a leading axis L, for a loop over layers; stacked ones as they are.
+    """Weights whose blocks are one, "blocks", with a leading axis L, for a loop over layers.
 
-    Written out, the layers are one chain of cheap operations, which XLA for CPUs computes anew in every place that reads from
-    it: time then grows with the square of L.
+    Written out, the layers of integers are one chain of cheap operations, which XLA for CPUs computes anew in every place that
+    reads from it: time then grows with the square of L. (Those of floats are not, and are quicker written out.)
     """
-    if "blocks" in weights:
-        return weights
     blocks = [weights[f"block_{i}"] for i in range(sum(name.startswith("block_") for name in weights))]
     rest = {name: weights[name] for name in ("embed", "head", "norm")}
     return rest | {"blocks": jax.tree.map(lambda *xs: jnp.stack(xs), *blocks)}
@@ -99,8 +97,8 @@ def step(config: EggConfig, weights: Any, state: Array, token: Array, arithmetic
     """One byte of every row.
 
     Args:
-        weights: from `stack`, of those from `init`; of a member, matrices may be `eggroll.integer.Perturbed`.
-        state: [L, M, D].
+        weights: as from `init`, or from `stack`; of a member, matrices may be `eggroll.integer.Perturbed`.
+        state: [L, M, D], or a list of L arrays where the weights are not stacked.
         token: integers [M]; before a 0, the separator of documents, the state is cleared.
 
     Returns:
@@ -116,7 +114,13 @@ def step(config: EggConfig, weights: Any, state: Array, token: Array, arithmetic
         x = ops.add(x, new)
         return ops.add(x, product(block["down"], product(block["up"], ops.norm(x, block["norm_2"])))), new
 
-    x, after = lax.scan(layer, ops.row(weights["embed"], token), (weights["blocks"], state))
+    x = ops.row(weights["embed"], token)
+    if "blocks" in weights:
+        x, after = lax.scan(layer, x, (weights["blocks"], state))
+    else:
+        after = [None] * config.layers
+        for i, old in enumerate(state):
+            x, after[i] = layer(x, (weights[f"block_{i}"], old))
     return product(weights["head"], ops.norm(x, weights["norm"])), after
 
 
@@ -154,7 +158,8 @@ def log_likelihood(
         (scalar, state after the last byte): int32 and int8.
     """
     likelihood = arithmetic.log_likelihood if likelihood is None else likelihood
-    weights = stack(weights)
+    layers = state.swapaxes(0, 1)
+    weights, layers = (stack(weights), layers) if arithmetic is integers else (weights, list(layers))
 
     def one(carry, tokens):
         state, total = carry
@@ -166,8 +171,8 @@ def log_likelihood(
         likelihood, jax.ShapeDtypeStruct((1, VOCAB), state.dtype), jax.ShapeDtypeStruct((1,), jnp.int32)
     )
     nothing = jnp.zeros((), score.dtype)
-    (layers, total), _ = lax.scan(one, (state.swapaxes(0, 1), nothing), (inputs.T, targets.T))
-    return total, layers.swapaxes(0, 1)
+    (layers, total), _ = lax.scan(one, (layers, nothing), (inputs.T, targets.T))
+    return total, jnp.stack([*layers], 1)
 
 
 def sample(config: EggConfig, params: Any, key: Array, rows: int, length: int, prompt: Array | None = None) -> Array:

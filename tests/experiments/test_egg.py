@@ -41,7 +41,7 @@ def rows(workdir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["pairs", "crossed", "momentum", "faithful", "adamw"])
+@pytest.mark.parametrize("variant", ["crossed", "momentum", "faithful", "adamw"])
 def test_a_run_has_its_figures_and_its_texts(variant, tmp_path):
     result = pretrain.train(load(variant), str(tmp_path))
     assert result["measure"] == "held-out bits per byte" and result["tokens"] == 4 * 4 * 6
@@ -84,11 +84,11 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(variant, tmp_path, monkeypatc
 @pytest.mark.slow
 def test_devices_change_no_byte(tmp_path):
     found = []
-    for sizes in ((), ("mesh.population=8",), ("mesh.population=2", "mesh.data=4")):
+    for sizes in ((), ("mesh.population=2", "mesh.data=4")):
         folder = tmp_path / str(len(found))
         pretrain.train(load("", *sizes), str(folder))
         found.append([(folder / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl")])
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1]
 
 
 @pytest.mark.slow

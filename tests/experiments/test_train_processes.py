@@ -1,4 +1,4 @@
-"""Language models learn in two processes of four devices what they learn in one of eight, losses and signals included."""
+"""Language models learn in two processes of four devices what they learn in one of eight, a loss included."""
 
 import signal
 import time
@@ -35,19 +35,10 @@ def test_processes_that_would_all_do_the_same_are_refused(monkeypatch):
 
 
 @pytest.mark.slow
-def test_evolution_ends_with_the_bits_of_one_process_after_a_loss_and_a_signal(tmp_path):
+def test_evolution_ends_with_the_bits_of_one_process_after_a_loss(tmp_path):
     save_start(tmp_path / "start")
-    run = lambda name, count: begin(
-        tmp_path,
-        name,
-        count,
-        "",
-        "mesh.population=-1",
-        "steps=24",
-        "save_every=4",
-        "eval_every=24",
-        "warm_start.steps=30",
-    )
+    sizes = ("mesh.population=-1", "steps=24", "save_every=4", "eval_every=24", "warm_start.steps=10")
+    run = lambda name, count: begin(tmp_path, name, count, "", *sizes)
     metrics = tmp_path / "two" / "metrics.jsonl"
     lines = lambda: metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
@@ -65,13 +56,6 @@ def test_evolution_ends_with_the_bits_of_one_process_after_a_loss_and_a_signal(t
     # by an exchange that fails, or, where it waits for a device of its own that does, by the runtime
     says = {3: "process 1 of 2 lost another one", -signal.SIGABRT: "most likely indicates that another task died"}
     assert status in says and says[status] in errors and lines() < 24
-
-    running = run("two", 2)
-    wait(running, lines() + 2)
-    running[1].terminate()  # not the one that writes
-    ended = ends(running)
-    assert [status for status, *_ in ended] == [143, 143] and f"SIGTERM: saved step {lines()}" in ended[0][2]
-    assert lines() < 24
 
     (_, output, errors), (_, silent, _) = finish(run("two", 2))
     assert "resumed" in errors and "warm start: step" not in errors

@@ -22,7 +22,7 @@ def test_killed_anywhere_ends_bit_equal(tmp_path):
 
     def command(name):
         overrides = [
-            f"--config.{o}" for o in (f"model.path={start}", "steps=60", "save_every=7", "warm_start.steps=400")
+            f"--config.{o}" for o in (f"model.path={start}", "steps=40", "save_every=7", "warm_start.steps=200")
         ]
         return subprocess.Popen(
             [sys.executable, "-m", "experiments.train", f"--config={CONFIG}", f"--workdir={tmp_path / name}", *overrides],
@@ -53,16 +53,15 @@ def test_killed_anywhere_ends_bit_equal(tmp_path):
     assert "12 held-out problems solved (gain " in out and (tmp_path / "whole" / "plot.png").read_bytes()[1:4] == b"PNG"
 
     process = command("killed")
-    assert any("warm start: step 200/400" in line for line in process.stderr)
+    assert any("warm start: step 100/200" in line for line in process.stderr)
     time.sleep(rng.uniform(0, 0.3))
     kill(process)
     assert not (tmp_path / "killed" / "metrics.jsonl").read_bytes()
-    for _ in range(2):
-        process = command("killed")
-        wait_for(process, lines() + 1)
-        time.sleep(rng.uniform(0, 0.2))
-        kill(process)
-    assert lines() < 60
+    process = command("killed")
+    wait_for(process, lines() + 1)
+    time.sleep(rng.uniform(0, 0.2))
+    kill(process)
+    assert lines() < 40
     process = command("killed")
     wait_for(process, lines() + 1)
     process.terminate()

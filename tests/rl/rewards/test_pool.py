@@ -97,8 +97,8 @@ FAULTS = {
 @pytest.mark.parametrize(("fault", "status"), FAULTS.items())
 def test_a_fault_costs_exactly_its_sample(fault, status):
     completions, answers, places = with_faults([fault, fault])
-    # Touching 1 GiB takes longer than the others' deadline on a slow machine, and only the limit is under test.
-    options = {"memory": 1 << 29, "deadline": 10.0} if fault == "hog" else {}
+    # Only what waits meets a deadline: on a busy machine the others may take seconds.
+    options = {} if status == "timeout" else {"deadline": 60.0, **({"memory": 1 << 29} if fault == "hog" else {})}
     start = time.monotonic()
     with pool(**options) as p:
         verdicts = p.score(completions, answers)
@@ -118,12 +118,12 @@ def test_all_faults_in_one_batch_within_a_time_limit():
     faults = [fault for fault in FAULTS if fault != "hog"]
     completions, answers, places = with_faults(faults, total=9 * len(faults) + 10)
     start = time.monotonic()
-    with pool() as p:
+    with pool(deadline=3.0) as p:
         verdicts = p.score(completions, answers)
         assert p.replaced == sum(fault in ("exit", "abort", "segfault", "sleep", "busy", "stop") for fault in faults)
     for i, verdict in enumerate(verdicts):
         assert verdict.status == (FAULTS[places[i]] if i in places else "ok"), completions[i]
-    assert time.monotonic() - start < 3 * DEADLINE + 60
+    assert time.monotonic() - start < 60
 
 
 def test_failures_say_why():
