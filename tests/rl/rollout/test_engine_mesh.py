@@ -35,7 +35,7 @@ def watch(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "sizes", "spread"),
-    [("llama", {"data": 8}, 8), ("rwkv7", {"population": 2, "data": 2, "tensor": 2}, 4), ("llama", {"fsdp": 8}, 8)],
+    [("llama", {"fsdp": 8}, 8), ("rwkv7", {"population": 2, "data": 2, "tensor": 2}, 4)],
     ids=str,
 )
 def test_slots_are_divided_and_tokens_stay(monkeypatch, name, sizes, spread):
