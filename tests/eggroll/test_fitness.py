@@ -107,7 +107,7 @@ def twin_pair_sign(scores):
 element = st.one_of(
     st.integers(-80, 80).map(lambda k: k / 8), st.sampled_from([NAN, INF, -INF]), st.sampled_from([1.0, 2.0])
 )
-score_arrays = st.sampled_from([(2, 1), (6, 3), (12, 2)]).flatmap(
+score_arrays = st.sampled_from([(2, 1), (12, 3)]).flatmap(
     lambda size: arrays.arrays(np.float32, size, elements=element)
 )
 

@@ -36,27 +36,26 @@ def distance(params, optimum):
     return float(jnp.sqrt(sum(jnp.sum((a - b) ** 2) for a, b in parts)))
 
 
-def generations(es, params, score, batch, count, seed=0, **context):
-    """The state after `count` generations and the metrics of the last."""
+def generations(es, params, score, batch, count):
+    """The state after `count` generations and the metrics of each."""
 
     def generation(state, _):
-        return es.update(state, es.evaluate(state, score, batch), **context)
+        return es.update(state, es.evaluate(state, score, batch))
 
     run = jax.jit(lambda state: jax.lax.scan(generation, state, length=count))
-    state, metrics = run(es.init(params, jax.random.key(seed)))
-    return state, jax.tree.map(lambda m: m[-1], metrics)
+    return run(es.init(params, jax.random.key(0)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("design", "rank", "noise", "rules"),
     [
-        *((design, 1, "gaussian", ()) for design in POPULATIONS),
-        ("crossed", 4, "gaussian", ()),
+        ("independent", 1, "gaussian", ()),
         ("antithetic", 1, "rademacher", ()),
-        ("independent", 1, "gaussian", (("", "full"),)),
+        ("crossed", 4, "gaussian", ()),
+        ("blocks", 1, "gaussian", (("", "full"),)),
     ],
-    ids=[*POPULATIONS, "rank4", "signs", "full"],
+    ids=["independent", "signs", "rank4", "full"],
 )
 def test_unscaled_fitness_converges_to_the_optimum(design, rank, noise, rules):
     """Plain gradient ascent with steps that shrink with the gradient: the distance falls geometrically."""
@@ -77,12 +76,8 @@ def test_unscaled_fitness_converges_to_the_optimum(design, rank, noise, rules):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("shaping", "rate"),
-    [
-        (eggroll.fitness.zscore, 0.05),
-        (eggroll.fitness.centred_rank, 0.15),
-        (eggroll.fitness.per_group(std="group"), 0.05),
-    ],
-    ids=["zscore", "centred_rank", "per_group"],
+    [(eggroll.fitness.centred_rank, 0.15), (eggroll.fitness.per_group(std="group"), 0.05)],
+    ids=["centred_rank", "per_group"],
 )
 def test_normalised_fitness_converges_with_a_decaying_rate(shaping, rate):
     params, optimum, score, inputs = bowl()
@@ -90,7 +85,7 @@ def test_normalised_fitness_converges_with_a_decaying_rate(shaping, rate):
     es = eggroll.strategy(tx, population=eggroll.antithetic(256), sigma=0.05, shaping=shaping)
     state, metrics = generations(es, params, score, inputs, 300)
     assert distance(state.params, optimum) < 0.05 * distance(params, optimum)
-    assert metrics["finite_members"] == 256
+    assert metrics["finite_members"][-1] == 256
 
 
 @pytest.mark.slow
@@ -101,10 +96,9 @@ def test_a_nan_member_is_survived_and_counted():
         return jnp.where(p["b"][0] < 0, jnp.nan, score(p, row))
 
     es = eggroll.strategy(optax.sgd(0.05), population=eggroll.independent(64), sigma=0.05)
-    _, first = generations(es, params, fragile, inputs, 1)
-    assert 16 < first["finite_members"] < 48
     state, metrics = generations(es, params, fragile, inputs, 20)
-    assert metrics["finite_members"] > first["finite_members"]
+    finite = metrics["finite_members"]
+    assert 16 < finite[0] < 48 and finite[-1] > finite[0]
     assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(state.params))
     assert distance(state.params, optimum) < 0.9 * distance(params, optimum)
 
@@ -131,11 +125,16 @@ def test_always_two():
     )
     inputs = jnp.asarray(rng.normal(size=(2, 16, 3)), jnp.float32)
     validation = jax.jit(lambda s: es.evaluate_mean(s, score, inputs[1]).mean())
-    before = float(validation(es.init(params, jax.random.key(0))))
-    after = [float(validation(generations(es, params, score, inputs[0], 10, seed)[0])) for seed in range(3)]
-    assert before < -3 and np.median(after) > 0.3 * before
-    longer = float(validation(generations(es, params, score, inputs[0], 60)[0]))
-    assert longer > 0.05 * before
+    generation = lambda state, _: (es.update(state, es.evaluate(state, score, inputs[0]))[0], None)
+    ten = jax.jit(lambda state: jax.lax.scan(generation, state, length=10)[0])
+    start = lambda seed: es.init(params, jax.random.key(seed))
+    before = float(validation(start(0)))
+    after = [ten(start(seed)) for seed in range(3)]
+    assert before < -3 and np.median([float(validation(state)) for state in after]) > 0.3 * before
+    longer = after[0]
+    for _ in range(5):
+        longer = ten(longer)
+    assert float(validation(longer)) > 0.05 * before
 
 
 # ---- y = x^2 + x + 1 ------------------------------------------------------------------------------------------------

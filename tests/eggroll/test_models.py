@@ -159,11 +159,6 @@ def flax_nnx(widths, params):
 
 
 MODELS = {"nnx": flax_nnx, "linen": flax_linen, "plain": plain}
-POPULATIONS = {
-    "independent": eggroll.independent(12),
-    "antithetic": eggroll.antithetic(12),
-    "crossed": eggroll.crossed(12),
-}
 
 
 def language_score(model):
@@ -195,24 +190,34 @@ def prepared(name, widths):
     return score, params, eggroll.infer_rules(functools.partial(score_alone, score), params, rows(widths)[0])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "design", "rank"),
-    [*((name, "crossed", 2) for name in MODELS), ("plain", "antithetic", 2), ("linen", "independent", 1)],
-)
-@pytest.mark.usefixtures("double_precision")
-def test_outputs_are_those_of_materialised_weights(name, design, rank):
+@functools.cache
+def evaluated(name):
+    """(score, strategy, state, batch, scores, logits) of one of the models."""
     score, params, rules = prepared(name, SMALL)
-    assert jax.tree.leaves(params)[0].dtype == jnp.float64
-    es, batch = strategy(POPULATIONS[design], rules, rank), rows(SMALL)
+    es, batch = strategy(eggroll.crossed(12), rules, 2), rows(SMALL)
     state = es.init(params, jax.random.key(3))
     scores, logits = jax.jit(lambda s, b: es.evaluate(s, score, b, has_aux=True))(state, batch)
-    each = jax.vmap(lambda n: es.member_params(state, n))(jnp.arange(12))
-    expected_scores, expected_logits = jax.jit(jax.vmap(jax.vmap(score, (None, 0)), (0, None)))(each, batch)
+    return score, es, state, batch, scores, logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.usefixtures("double_precision")
+def test_outputs_are_those_of_materialised_weights(name):
+    score, es, state, batch, scores, logits = evaluated(name)
+    params = state.params
+    assert jax.tree.leaves(params)[0].dtype == jnp.float64
+
+    @jax.jit
+    def materialised(state):
+        each = jax.vmap(lambda n: es.member_params(state, n))(jnp.arange(12))
+        of = jax.vmap(score, (None, 0))
+        return each, jax.vmap(of, (0, None))(each, batch), of(state.params, batch)[1]
+
+    each, (expected_scores, expected_logits), mean = materialised(state)
     assert logits.shape == (12, 2, SMALL.tokens, SMALL.vocabulary) and logits.dtype == jnp.float64
     np.testing.assert_allclose(logits, expected_logits, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(scores, expected_scores, rtol=1e-12, atol=1e-12)
-    mean = jax.vmap(functools.partial(score, params))(batch)[1]
     assert float(jnp.min(jnp.max(jnp.abs(logits - mean), axis=(1, 2, 3)))) > 1e-3  # every member differs from the mean
     # every parameter is perturbed: no member has an entry of the mean, but for the odd zero of an integer-sum Gaussian
     for leaf, base in zip(jax.tree.leaves(each), jax.tree.leaves(params), strict=True):
@@ -222,13 +227,11 @@ def test_outputs_are_those_of_materialised_weights(name, design, rank):
 @pytest.mark.slow
 @pytest.mark.usefixtures("double_precision")
 def test_the_three_models_are_one_model_and_share_their_noise():
-    batch, outs = rows(SMALL), []
+    outs = []
     for name in MODELS:
-        score, params, rules = prepared(name, SMALL)
-        es = strategy(POPULATIONS["crossed"], rules)
-        state = es.init(params, jax.random.key(3))
+        score, es, state, batch, _, logits = evaluated(name)
         assert not [use for use in es.uses(state, functools.partial(score_alone, score), batch[0]) if use[2]]
-        outs.append(jax.jit(lambda s, es=es, score=score: es.evaluate(s, score, batch, has_aux=True)[1])(state))
+        outs.append(logits)
     np.testing.assert_allclose(outs[1], outs[0], rtol=1e-6, atol=1e-6)  # Flax divides by an f32 root
     np.testing.assert_allclose(outs[2], outs[0], rtol=1e-6, atol=1e-6)  # Flax divides by an f32 root
 
@@ -293,7 +296,7 @@ def test_leaves_that_are_no_parameters_are_refused_and_frozen_ones_stay():
     everything = nnx.state(model)  # with the dropout's counter, an integer
     with pytest.raises(TypeError, match="must be floating point to be perturbed; '.*count"):
         strategy(eggroll.crossed(12), (("kernel|embedding|bias|scale", "frozen"),)).init(everything, jax.random.key(0))
-    score, params, rules = prepared("nnx", SMALL)
+    score, params, rules = prepared("plain", SMALL)
     es = strategy(eggroll.crossed(12), (("attention/(query|key)/kernel", "frozen"), *rules))
     state = es.init(params, jax.random.key(0))
     loss = functools.partial(score_alone, score)

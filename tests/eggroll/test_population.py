@@ -25,9 +25,10 @@ def test_layout(population, shape, directions):
     assert population.directions == directions
     grid = population.grid(jnp.arange(population.size))
     assert grid.shape == shape
-    for (g, i, j, s), n in np.ndenumerate(np.asarray(grid)):
-        row, column, sign = population.coordinates(jnp.asarray(n))
-        assert (row, column, sign) == (population.row_ids()[g, i], population.column_ids()[g, j], s)
+    g, i, j, sign = np.indices(shape)
+    expected = population.row_ids()[g, i], population.column_ids()[g, j], sign
+    for got, want in zip(population.coordinates(grid), expected, strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 def test_members_of_a_row_share_its_factor_and_no_two_members_share_both():

@@ -48,7 +48,7 @@ def _address(kind: str, ids, rank: int, size: int, role: int, layer: int = 0) ->
 def _problem(kind: str, population, rank: int, m: int, n: int, layers: int = 1):
     """Weights and the addresses of both sides, one per layer."""
     blocks, rows, columns = population
-    weights = jax.random.normal(jax.random.key(blocks), population)
+    weights = jnp.asarray(np.random.default_rng(blocks).normal(size=population), jnp.float32)
     ids = lambda members: np.arange(blocks * members).reshape(blocks, members) * 3 + 1
     left = [_address(kind, ids(rows), rank, m, noise.LEFT, layer) for layer in range(layers)]
     right = [_address(kind, ids(columns), rank, n, noise.RIGHT, layer) for layer in range(layers)]
@@ -94,8 +94,8 @@ class TestKernels:
     def test_equals_the_sum_over_members(self, kernel, kind, population, rank, m, n, layers, made):
         if kernel == "pallas_gpu" and made and kind == "gaussian":
             pytest.skip("drawn before the kernel: the stored case")
-        if not made and kind == "rademacher" and rank == 2:
-            pytest.skip("stored factors have no kind")
+        if not made and population in ((70, 1, 1), (1, 9, 1)):
+            pytest.skip("stored factors share no words, and have no kind")
         weights, *addresses = _problem(kind, population, rank, m, n, layers)
         stored = [_stored(a) for a in addresses]
         update = jax.jit(functools.partial(es_update.update, implementation=kernel))
@@ -120,7 +120,7 @@ class TestKernels:
         update = jax.jit(functools.partial(es_update.update, implementation="pallas_tpu"))
         sides = (factor, unit) if side == "left" else (unit, factor)
         got = harness.run("pallas_tpu", update, jnp.ones((5, 1, 1)), *sides)[0]
-        np.testing.assert_array_equal(got.T if side == "left" else got, factor.array().reshape(-1, size))
+        np.testing.assert_array_equal(got.T if side == "left" else got, _stored([factor]).reshape(-1, size))
 
     @pytest.mark.parametrize("kernel", harness.KERNELS)
     def test_batches_are_one_call(self, kernel):
@@ -187,8 +187,7 @@ def test_lowers_in_a_scan_over_generations(kernel):
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize(("kind", "rank"), [("gaussian", 1), ("rademacher", 3)])
 def test_an_address_is_what_the_forward_pass_draws(kind, rank):
     leaf = noise.Leaf("layers/kernel", (2, 600, 40), jnp.float32, "sio")
     key = jnp.array([5, 2**31 + 9, leaf.hash, 77], jnp.uint32)

@@ -37,7 +37,7 @@ def operands(rng, x, right, left, sign, k, n, rows):
 
 
 def run(implementation, *args, shift=SHIFT, divisor=DIVISOR):
-    fn = functools.partial(int8_matmul.matmul, shift=shift, divisor=divisor, implementation=implementation)
+    fn = jax.jit(functools.partial(int8_matmul.matmul, shift=shift, divisor=divisor, implementation=implementation))
     return np.asarray(fn(*args) if implementation == "reference" else harness.run(implementation, fn, *args))
 
 

@@ -59,7 +59,7 @@ def start(population, **settings):
 @pytest.mark.slow
 def test_the_members_forward(switched):
     es, state, batch = start(eggroll.crossed(24))
-    evaluate = lambda state, batch: es.evaluate(state, network, batch)
+    evaluate = jax.jit(lambda state, batch: es.evaluate(state, network, batch))
     want = evaluate(state, batch)
     got = switched("pallas_tpu", evaluate, state, batch)
     assert np.ptp(np.asarray(want), axis=0).min() > 0.1  # members differ
@@ -72,7 +72,7 @@ def test_the_members_forward(switched):
 @pytest.mark.slow
 def test_the_estimate_makes_its_factors(switched):
     es, state, _ = start(eggroll.antithetic(10))
-    estimate = lambda state, scores: es.estimate(state, scores).gradient
+    estimate = jax.jit(lambda state, scores: es.estimate(state, scores).gradient)
     scores = jax.random.normal(jax.random.key(4), (10, 1))
     want = estimate(state, scores)
     got = switched("pallas_tpu", estimate, state, scores)
@@ -91,7 +91,7 @@ def test_the_members_of_an_integer_model(switched):
     state, carry = es.init(egg.init(config, jax.random.key(0)), jax.random.key(1)), es.carry(egg.state(config, 1))
     text = jnp.arange(2 * 4, dtype=jnp.uint8).reshape(2, 4) * 31
     score = lambda weights, carry, rows: egg.log_likelihood(config, weights, carry, rows[:, :-1], rows[:, 1:])
-    evaluate = lambda state, carry: es.evaluate(state, score, carry, text)
+    evaluate = jax.jit(lambda state, carry: es.evaluate(state, score, carry, text))
     want = evaluate(state, carry)
     assert len(set(np.asarray(want[0]).tolist())) > 8  # members differ
     got = switched("pallas_tpu", evaluate, state, carry)
@@ -143,7 +143,7 @@ def test_the_scorer_and_its_gradient(switched):
         logp, entropy = score(model, params, ids, lengths)
         return (logp - 0.1 * entropy).sum(), (logp, entropy)
 
-    whole = jax.value_and_grad(loss, has_aux=True)
+    whole = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (_, want), want_gradient = whole(params)
     (_, got), gradient = switched("pallas_tpu", whole, params)
     for a, b in zip(got, want, strict=True):
@@ -157,7 +157,6 @@ def test_decoding_by_the_kernel_gives_the_references_tokens(switched):
     model = make(preset("tiny-transformer", vocab=40, layers=1))
     params = model.init(jax.random.key(0))
 
-    @jax.jit
     def greedy(params, first):
         def step(carry, t):
             token, cache = carry
@@ -167,7 +166,7 @@ def test_decoding_by_the_kernel_gives_the_references_tokens(switched):
 
         return jax.lax.scan(step, (first, model.empty(12)), jnp.arange(12))[1]
 
-    many = jax.vmap(functools.partial(greedy, params))
+    many = jax.jit(jax.vmap(functools.partial(greedy, params)))
     want = many(jnp.arange(3, dtype=jnp.int32))
     got = switched("pallas_tpu", many, jnp.arange(3, dtype=jnp.int32))
     np.testing.assert_array_equal(got, want)

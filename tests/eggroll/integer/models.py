@@ -1,12 +1,14 @@
-"""Random integer models and members, in the shapes of `rl.models.egg` and of the twin."""
+"""Random integer models and members, in the shapes of `rl.models.egg` and of the twin, and one of three weights."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eggroll.integer import Perturbed
+from eggroll.integer import Perturbed, arithmetic
 from rl.models import egg
 from tests.eggroll.integer import twin
+
+SMALL = {"block": {"norm": (8,), "up": (40, 8)}, "head": (40, 8)}  # factors of a size are made together
 
 
 def for_twin(weights):
@@ -38,6 +40,22 @@ def random_text(seed, *shape):
     """Bytes with a separator now and then."""
     rng = np.random.default_rng(seed)
     return jnp.asarray(np.where(rng.random(shape) < 0.1, 0, rng.integers(1, 256, shape)), jnp.uint8)
+
+
+def numbers(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).integers(-127, 128, shape), jnp.int8)
+
+
+def small_params(seed):
+    """Every number of the format, in a few leaves."""
+    shape = lambda x: isinstance(x, tuple)
+    return jax.tree.map(lambda sizes: numbers(seed + sum(sizes), *sizes), SMALL, is_leaf=shape)
+
+
+def small_score(weights, carry, rows):
+    """A norm and a product of what is carried and the rows."""
+    out = arithmetic.product(weights["head"], arithmetic.norm(arithmetic.add(carry, rows), weights["block"]["norm"]))
+    return out.astype(jnp.int32).sum(), out[:, :8]
 
 
 def assert_same(ours, theirs):

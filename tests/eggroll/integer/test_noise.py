@@ -25,7 +25,10 @@ FROZEN_SIGNS = [[-16, 16, -16, -16, -16]]
 
 def draw(ids, side, generation=3, kind="gaussian", seed=0):
     ids = jnp.asarray(ids, jnp.uint32)
-    return noise.draw(PLAN, jax.random.key(seed), jnp.int32(generation), ids, side, kind)
+    return jitted(PLAN, jax.random.key(seed), jnp.int32(generation), ids, side, kind)
+
+
+jitted = jax.jit(noise.draw, static_argnums=(0, 4, 5))
 
 
 def test_numbers_are_those_of_the_twin_and_their_moments_exact():

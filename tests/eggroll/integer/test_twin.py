@@ -279,7 +279,7 @@ def test_random_weights_lose_half_a_bit(width, layers, residual, state_size):
     for seed in (0, 1):
         rng = np.random.default_rng(seed)
         weights = twin.initial(rng, width, layers)
-        for stream, data in enumerate(rng.integers(1, 256, (16, 201))):
+        for stream, data in enumerate(rng.integers(1, 256, (8, 201))):
             state = np.zeros((layers, width), np.int8)
             for byte, target in zip(data[:-1], data[1:], strict=True):
                 if stream == 0:
