@@ -279,6 +279,15 @@ def test_thresholds_of_typed_in_levels():
     assert (limits[0], limits[-1]) == (320, int(np.ceil(320 * np.sqrt(4 / 3))))
 
 
+@pytest.mark.parametrize(("faithful", "moved"), [(False, 0), (True, -1)])
+def test_sums_of_zero(faithful, moved):
+    es = make(DESIGNS["pairs"], alpha=1.0, faithful=faithful)  # a limit of 0
+    state = es.init(random_params(CONFIG, 1), jax.random.key(0))
+    after, _ = jax.jit(es.update)(state, jnp.zeros(es.population.size, jnp.int32))  # ties, everywhere
+    for old, new in zip(jax.tree.leaves(state.params), jax.tree.leaves(after.params), strict=True):
+        np.testing.assert_array_equal(new, np.clip(np.asarray(old, np.int32) + moved, -127, 127))
+
+
 def test_the_last_limit_stays():
     es = make(DESIGNS["pairs"], alpha=[1.0, 0.5, 0.25])
     state = es.init({"w": jnp.zeros((4, 4), jnp.int8)}, jax.random.key(0))
