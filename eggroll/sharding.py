@@ -257,10 +257,10 @@ def init_beside(mesh: Mesh, layout: Layout, init: Callable[[Any], Any], params: 
 
 
 def _beside(mesh: Mesh, layout: Layout, params: Any, state: Any) -> Any:
-    own = jax.tree_util.tree_flatten_with_path(params)[0]
+    owner = owners(params)
 
     def where(path, x):
-        found = owner(path, own)
+        found = owner(path)
         if found is None:
             return NamedSharding(mesh, PartitionSpec())
         keys, param = found
@@ -269,17 +269,19 @@ def _beside(mesh: Mesh, layout: Layout, params: Any, state: Any) -> Any:
     return jax.tree_util.tree_map_with_path(where, state)
 
 
-def owner(path, own):
-    """The (keys, parameter) that a state array of this path belongs to, or None.
+def owners(params: Any) -> Callable[[tuple], tuple[tuple, Any] | None]:
+    """path of a state array -> the (keys, parameter) that it belongs to, or None.
 
     The array's path ends with the parameter's keys, or its last key is their name; of several the longest ("a/kernel", not
     "kernel").
-
-    Args:
-        own: from `jax.tree_util.tree_flatten_with_path(params)[0]`.
     """
-    return max((pair for pair in own if _belongs(path, pair[0])), key=lambda pair: len(pair[0]), default=None)
+    own = [pair for pair in jax.tree_util.tree_flatten_with_path(params)[0] if pair[0]]
+    by_keys, by_name = ({form(keys): (keys, x) for keys, x in own} for form in (tuple, path_name))
+    lengths = {len(keys) for keys in by_keys}
 
+    def owner(path):
+        names = [last.key for last in path[-1:] if isinstance(last, jax.tree_util.DictKey)]
+        found = [*(by_keys.get(path[-n:]) for n in lengths), *map(by_name.get, names)]
+        return max(filter(None, found), key=lambda pair: len(pair[0]), default=None)
 
-def _belongs(path, keys) -> bool:
-    return bool(keys) and (path[-len(keys) :] == keys or path[-1:] == (jax.tree_util.DictKey(path_name(keys)),))
+    return owner

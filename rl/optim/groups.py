@@ -18,7 +18,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from eggroll.noise import path_name
-from eggroll.sharding import owner, ways
+from eggroll.sharding import owners, ways
 
 Rules = Sequence[tuple[str, str]]
 _LOOKUP = re.compile(
@@ -177,10 +177,10 @@ def sharded(tx: optax.GradientTransformation) -> optax.GradientTransformation:
 
     def init(params):
         state = tx.init(params)
-        own = jax.tree_util.tree_flatten_with_path(jax.tree.map(jnp.asarray, params))[0]
+        owner = owners(jax.tree.map(jnp.asarray, params))
 
         def spread(path, x):
-            found = owner(path, own)
+            found = owner(path)
             return x if found is None else _alike(x, found[1])
 
         return jax.tree_util.tree_map_with_path(spread, state)

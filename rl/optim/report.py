@@ -7,7 +7,7 @@ import jax
 import optax
 
 from eggroll.noise import path_name
-from eggroll.sharding import owner
+from eggroll.sharding import owners
 
 
 class Report(NamedTuple):
@@ -45,15 +45,14 @@ def report(tx: optax.GradientTransformation, params: Any) -> Report:
     """
     params = jax.eval_shape(lambda params: params, params)
     state = jax.eval_shape(tx.init, params)
-    own = jax.tree_util.tree_flatten_with_path(params)[0]
-    total, shared, by_group = 0, 0, {}
-    parameters = {path_name(keys): 0 for keys, _ in own}
+    owner, total, shared, by_group = owners(params), 0, 0, {}
+    parameters = {path_name(keys): 0 for keys, _ in jax.tree_util.tree_flatten_with_path(params)[0]}
     for path, x in jax.tree_util.tree_flatten_with_path(state)[0]:
         size = math.prod(x.shape) * x.dtype.itemsize
         total += size
         group = _group(path)
         by_group[group] = by_group.get(group, 0) + size
-        found = owner(path, own)
+        found = owner(path)
         if found is None or x.ndim > len(found[1].shape):
             shared += size
         else:

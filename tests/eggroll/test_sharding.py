@@ -210,3 +210,17 @@ def test_layout_rules():
 def test_bad_input(act, message):
     with pytest.raises(ValueError, match=message):
         act()
+
+
+def test_a_state_array_belongs_to_the_parameter_that_its_path_names():
+    key = jax.tree_util.DictKey
+    owner = sharding.owners({"kernel": 1, "a": {"kernel": 2}, "b": [3, {"kernel": 4}]})
+    of = lambda *path: (owner(path) or (None, None))[1]
+    assert of(key("mu"), key("kernel")) == of(key("c"), key("kernel")) == 1
+    assert of(key("mu"), key("a"), key("kernel")) == of(key("state"), key("a/kernel")) == 2  # the longest of two
+    assert of(key("mu"), key("b"), jax.tree_util.SequenceKey(0)) == of(key("b/0")) == 3
+    assert (
+        of(jax.tree_util.SequenceKey(1), key("kernel")) == 1
+        and of(key("b"), jax.tree_util.SequenceKey(1), key("kernel")) == 4
+    )
+    assert of(key("count")) is of(jax.tree_util.GetAttrKey("kernel")) is of(key("a")) is of() is None

@@ -37,9 +37,9 @@ def tree(seed):
 
 
 def lies_as_its_parameter(state, params):
-    own = jax.tree_util.tree_flatten_with_path(params)[0]
+    owner = sharding.owners(params)
     for path, x in jax.tree_util.tree_flatten_with_path(state)[0]:
-        found = sharding.owner(path, own)
+        found = owner(path)
         if found is None:
             assert x.sharding.is_fully_replicated, path
         elif x.shape == found[1].shape:
