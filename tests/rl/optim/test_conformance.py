@@ -190,11 +190,13 @@ def test_it_takes_the_estimates_of_evolution(name):
     assert gradient(params, 0)[1] < 0.95 * before
 
 
-STACKED = ("frugal_block", "frugal_columns", "badam")
+# with refreshes; tests/rl/optim/test_layout.py has one step of every optimizer on another mesh
+SPREAD = [(stack, name) for name in ("frugal_block", "frugal_columns", "badam")]
+SPREAD += [(tree, name) for name in ("frugal_svd", "apollo", "ldadam")]
 
 
-@pytest.mark.parametrize(("name", "make"), [*((name, tree) for name in KINDS), *((name, stack) for name in STACKED)])
-def test_eight_devices_give_the_result_of_one_and_state_is_laid_out_as_the_parameters(name, make):
+@pytest.mark.parametrize(("make", "name"), SPREAD)
+def test_eight_devices_give_the_result_of_one_and_state_is_laid_out_as_the_parameters(make, name):
     tx, step = stepper(name)
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("a", "b"))
     lay = lambda x: NamedSharding(mesh, PartitionSpec(*[None] * (x.ndim - 2), "a", "b"))
