@@ -4,9 +4,10 @@
     python -m experiments.pretrain --config=configs/egg_bytes.py:adamw --workdir=runs/egg_adamw
 
 Data: the source of the running Python's standard library, split by file (`rl.data.bytes`), or two files of your own:
-`--config.train_file`, `--config.held_out_file` (any bytes; `.npy` of u8; `.jsonl` with "text", as MiniPile has). Read as `batch` streams side by
-side, `tokens` bytes of each a step; the recurrent state goes on from step to step. Model: `rl.models.egg`. The result is the
-held-out bits per byte of the unperturbed model; `reference_bits` are those of a unigram and a bigram model and of gzip.
+`--config.train_file`, `--config.held_out_file` (any bytes; `.npy` of u8; `.jsonl` with "text", as MiniPile has). Read as
+`batch` streams side by side, `tokens` bytes of each a step; the recurrent state goes on from step to step. Model:
+`rl.models.egg`. The result is the held-out bits per byte of the unperturbed model; `reference_bits` are those of a unigram
+and a bigram model and of gzip.
 
 After 300 steps of 1,600 bytes on one CPU core, seeds 0 and 1 (unigram 4.59, bigram 3.52, gzip 2.11 bits per byte):
 
