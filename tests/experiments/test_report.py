@@ -85,6 +85,14 @@ def test_the_readme_example_of_the_optimizers_runs(capsys):
     assert capsys.readouterr().out.split(" ", 1) == ["131072", "{'full': 131076, 'split': 32776}\n"]
 
 
+@pytest.mark.slow
+def test_the_readme_example_of_integers_runs():
+    example = next(e for e in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "EggConfig" in e)
+    names = {}
+    exec(compile(example, "README.md", "exec"), names)  # noqa: S102 - our own text
+    assert int(names["metrics"]["moved"]) > 0 and names["carry"].shape == (64, 1, 1, 16)
+
+
 @pytest.mark.parametrize("file", report.FILES)
 def test_the_docstring_of_a_recipe_has_the_measured_scores_and_its_command(file):
     for row in json.loads((report.RESULTS / f"{file}.json").read_text()):
